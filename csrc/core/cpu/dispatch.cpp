@@ -1,0 +1,65 @@
+#include "cpu/dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace patchcore {
+
+namespace {
+
+bool processor_has(const Level& candidate) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (&candidate == &kAvx2Level) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  if (&candidate == &kAvx512Level) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq");
+  }
+#endif
+  return &candidate == &kScalarLevel;
+}
+
+constexpr const Level* kLevels[] = {
+    &kScalarLevel,
+#if defined(__x86_64__)
+    &kAvx2Level,
+    &kAvx512Level,
+#endif
+};
+
+const Level& choose() {
+  const char* forced = std::getenv("PATCHCORE_EXT_CPU_LEVEL");
+  if (forced != nullptr) {
+    const Level* found = find_level(forced);
+    if (found != nullptr) return *found;  // an unknown name is reported by the Python layer (patchcore_ext/_library.py)
+  }
+  const Level* best = &kScalarLevel;
+  for (const Level* candidate : kLevels) {
+    if (processor_has(*candidate)) best = candidate;
+  }
+  return *best;
+}
+
+}  // namespace
+
+const Level& level() {
+  static const Level& chosen = choose();
+  return chosen;
+}
+
+const Level* find_level(const char* name) {
+  for (const Level* candidate : kLevels) {
+    if (std::strcmp(candidate->name, name) == 0 && processor_has(*candidate)) return candidate;
+  }
+  return nullptr;
+}
+
+int available_levels(const char** names) {
+  int count = 0;
+  for (const Level* candidate : kLevels) {
+    if (processor_has(*candidate)) names[count++] = candidate->name;
+  }
+  return count;
+}
+
+}  // namespace patchcore
