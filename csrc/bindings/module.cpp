@@ -1,0 +1,35 @@
+// The Python module patchcore_ext._C: loading it registers torch.ops.patchcore_ext; the few functions below tell how it was built. No tensor crosses
+// here.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "cpu/dispatch.h"
+
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return std::string("clang ") + __clang_version__;
+#else
+  return std::string("g++ ") + __VERSION__;
+#endif
+}
+
+pybind11::list available_cpu_levels() {
+  const char* names[3];
+  const int count = patchcore::available_levels(names);
+  pybind11::list list;
+  for (int i = 0; i < count; ++i) list.append(names[i]);
+  return list;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Native kernels of patchcore_ext; use them through patchcore_ext.ops.";
+  module.def("version", [] { return PATCHCORE_EXT_VERSION; }, "Version of the sources this library was built from.");
+  module.def("compiler", &compiler, "Compiler that built this library.");
+  module.def("cpu_level", [] { return patchcore::level().name; }, "Instruction-set level in use: scalar, avx2 or avx512.");
+  module.def("available_cpu_levels", &available_cpu_levels, "Levels that this processor can run, slowest first.");
+}

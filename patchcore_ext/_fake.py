@@ -1,0 +1,53 @@
+"""What the ops give, without computing it: shapes and dtypes for torch.compile and torch.export, and what their gradients are (an error)."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+
+def _first_nonfinite_row(features: Tensor) -> Tensor:
+    return features.new_empty((), dtype=torch.int64)
+
+
+def _square_root(values: Tensor) -> Tensor:
+    return torch.empty_like(values, memory_format=torch.contiguous_format)
+
+
+def _random_projection(features: Tensor, matrix: Tensor) -> Tensor:
+    return features.new_empty((features.shape[0], matrix.shape[0]), dtype=torch.float32)
+
+
+def _update_min_distances(features: Tensor, centers: Tensor, min_distances: Tensor) -> None:
+    return None
+
+
+def _greedy_coreset(features: Tensor, min_distances: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    return features.new_empty((count,), dtype=torch.int64), features.new_empty((count,), dtype=torch.float64)
+
+
+def _nearest_neighbors(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    shape = (queries.shape[0], k)
+    return queries.new_empty(shape, dtype=torch.float64), queries.new_empty(shape, dtype=torch.int64)
+
+
+def _image_scores(squared_distances: Tensor, nearest_indices: Tensor, queries: Tensor, bank: Tensor, num_neighbors: int) -> Tensor:
+    return queries.new_empty((squared_distances.shape[0],), dtype=torch.float32)
+
+
+_FAKES = (_first_nonfinite_row, _square_root, _random_projection, _update_min_distances, _greedy_coreset, _nearest_neighbors, _image_scores)
+for _fake in _FAKES:
+    torch.library.register_fake(f"patchcore_ext::{_fake.__name__[1:]}", _fake)
+
+
+def _refuse_gradient(op: str) -> None:
+    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
+        raise NotImplementedError(f"{op}: gradients are not implemented; detach its inputs, or use patchcore_ext.reference.{op}, which is differentiable.")
+
+    torch.library.register_autograd(f"patchcore_ext::{op}", backward)
+
+
+for _op in ("square_root", "random_projection", "nearest_neighbors", "image_scores"):
+    _refuse_gradient(_op)

@@ -1,0 +1,241 @@
+"""The kernels as functions; each is also registered as ``torch.ops.patchcore_ext.<name>``.
+
+All of them keep one contract (docs/exactness.md): every decision is made on the canonical squared distance
+``d2(a, b) = sum_j (a_j - b_j)^2``, computed in float64 in one fixed order, ties going to the lowest index. Results are the same bits for every thread count,
+instruction set, batch size and chunk size. float16 and bfloat16 rows are exact inputs; autocast changes nothing. :mod:`patchcore_ext.reference` computes the
+same in plain torch.
+
+Gradients: the functional ops raise NotImplementedError in backward; ``update_min_distances`` and ``greedy_coreset`` detach their inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _checks, _fake  # noqa: F401  (registers the fake kernels)
+from ._checks import ArrayLike
+
+__all__ = [
+    "first_nonfinite_row",
+    "greedy_coreset",
+    "image_scores",
+    "nearest_neighbors",
+    "random_projection",
+    "square_root",
+    "update_min_distances",
+]
+
+_ops = torch.ops.patchcore_ext
+
+
+def first_nonfinite_row(features: ArrayLike) -> int:
+    """The first row that holds a NaN or an infinity, or -1.
+
+    Args:
+        features: ``[N, D]`` float32, float16 or bfloat16.
+
+    Equivalent to:
+        ``bad = (~torch.isfinite(features)).any(1).nonzero(); int(bad[0]) if len(bad) else -1``
+    """
+    rows = _checks.features("first_nonfinite_row", "features", features).detach()
+    return int(_ops.first_nonfinite_row(rows))
+
+
+def square_root(values: Tensor) -> Tensor:
+    """Correctly rounded square roots: distances from squared distances, with the same bits everywhere.
+
+    torch.sqrt is not correctly rounded on the CPU (it differs in the last bit of 1% of float64 values), and not the same on all devices.
+
+    Args:
+        values: ``[...]`` float64, not negative.
+
+    Returns:
+        ``[...]`` float64, contiguous. ``.float()`` of it rounds once more: the distances that this package returns as float32.
+
+    Equivalent to:
+        ``torch.sqrt(values)``, up to the last bit.
+    """
+    if not isinstance(values, Tensor) or values.dtype != torch.float64:
+        raise TypeError(f"square_root: expected values to be a float64 tensor, got {_checks.describe(values)}.")
+    _checks.on_device("square_root", "values", values)
+    result: Tensor = _ops.square_root(values)
+    return result
+
+
+def random_projection(features: ArrayLike, matrix: Tensor) -> Tensor:
+    """Linear projection of feature rows with the same bits on every machine.
+
+    ``y[i, j] = float32(sum_k x[i, k] * matrix[j, k])``: k ascending, float64, every product and sum rounded on its own, one rounding to float32.
+
+    Args:
+        features: ``[N, D]`` float32, float16 or bfloat16.
+        matrix: ``[projection_dim, D]`` float64; zero entries cost nothing. See ``CoresetSampler`` for the random ones.
+
+    Returns:
+        ``[N, projection_dim]`` float32.
+
+    Raises:
+        ValueError: Shapes do not fit, features hold NaN or infinity (names the first such row), or a result exceeds float32.
+
+    Cost: one multiply-add for each row and nonzero entry of the matrix.
+
+    Equivalent to:
+        ``(features.double() @ matrix.T).float()``, up to the order of summation.
+    """
+    rows = _checks.features("random_projection", "features", features)
+    if not isinstance(matrix, Tensor) or matrix.dtype != torch.float64 or matrix.ndim != 2:
+        raise ValueError(f"random_projection: expected matrix to be a float64 tensor [projection_dim, dim], got {_checks.describe(matrix)}.")
+    _checks.same_dim("random_projection", "matrix", matrix, "features", rows)
+    with _checks.native_errors():
+        result: Tensor = _ops.random_projection(rows, matrix.contiguous())
+    return result
+
+
+def _check_min_distances(op: str, min_distances: Tensor, num_rows: int) -> None:
+    if (
+        not isinstance(min_distances, Tensor)
+        or min_distances.dtype != torch.float64
+        or list(min_distances.shape) != [num_rows]
+        or not min_distances.is_contiguous()
+    ):
+        raise ValueError(f"{op}: expected min_distances to be a contiguous float64 tensor of shape [{num_rows}], got {_checks.describe(min_distances)}.")
+
+
+def update_min_distances(features: ArrayLike, centers: ArrayLike, min_distances: Tensor) -> Tensor:
+    """Lowers each row's squared distance to its nearest centre by further centres, in place (the inner step of greedy k-center).
+
+    Args:
+        features: ``[N, D]`` float32, float16 or bfloat16.
+        centers: ``[m, D]``, of any of these dtypes.
+        min_distances: ``[N]`` float64, canonical *squared* distances so far; start with infinity. Rows marked -1 (already picked) stay as they are.
+
+    Returns:
+        ``min_distances``, the same tensor.
+
+    Raises:
+        ValueError: Shapes do not fit, or a row is not finite (names the first).
+
+    Cost: N * m * D multiply-adds.
+
+    Equivalent to:
+        ``min_distances = torch.minimum(min_distances, torch.cdist(features.double(), centers.double()).square().amin(1))``
+    """
+    op = "update_min_distances"
+    rows = _checks.features(op, "features", features).detach()
+    added = _checks.features(op, "centers", centers).detach()
+    _checks.same_dim(op, "centers", added, "features", rows)
+    _check_min_distances(op, min_distances, rows.shape[0])
+    with _checks.native_errors():
+        _ops.update_min_distances(rows, added, min_distances)
+    return min_distances
+
+
+def greedy_coreset(features: ArrayLike, min_distances: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The next ``count`` picks of the greedy k-center coreset: Eq. (5) and Algorithm 1, Roth et al. 2022, arXiv:2106.08265.
+
+    Each pick is the row with the largest squared distance to its nearest pick so far, the lowest index among equals. ``min_distances`` carries the state from
+    one call to the next, so that a long selection can be cut into slices of picks; the slices change nothing.
+
+    Args:
+        features: ``[N, D]`` float32, float16 or bfloat16.
+        min_distances: ``[N]`` float64, canonical squared distances to the picks so far; -1 marks a pick. Updated in place.
+        count: Number of picks, at most the number of rows not yet picked.
+
+    Returns:
+        ``indices`` int64 ``[count]`` in the order of picking, and ``squared_distances`` float64 ``[count]``, each row's value when it was picked.
+
+    Raises:
+        ValueError: Shapes do not fit, count is out of range, or a row is not finite (names the first).
+
+    Cost: N * count * D multiply-adds.
+
+    Example:
+        >>> import torch
+        >>> features = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
+        >>> state = torch.full([4], torch.inf, dtype=torch.float64)
+        >>> greedy_coreset(features, state, 3)[0].tolist()
+        [0, 3, 1]
+    """
+    op = "greedy_coreset"
+    rows = _checks.features(op, "features", features).detach()
+    _check_min_distances(op, min_distances, rows.shape[0])
+    _checks.integer(op, "count", count, 0, rows.shape[0], " (the rows of features)")
+    with _checks.native_errors():
+        indices, squared_distances = _ops.greedy_coreset(rows, min_distances, count)
+    return indices, squared_distances
+
+
+def nearest_neighbors(queries: ArrayLike, bank: ArrayLike, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest bank rows of each query, exactly.
+
+    Args:
+        queries: ``[Q, D]`` float32, float16 or bfloat16.
+        bank: ``[M, D]``, of any of these dtypes.
+        k: 1 <= k <= M.
+
+    Returns:
+        ``squared_distances`` float64 ``[Q, k]``, ascending, canonical, and ``indices`` int64 ``[Q, k]``; equal distances in the order of their indices.
+
+    Raises:
+        ValueError: Shapes do not fit, k is out of range, or a row is not finite (names the first).
+
+    Cost: Q * M * D multiply-adds; the [Q, M] matrix is never stored.
+
+    Equivalent to:
+        ``torch.cdist(queries.double(), bank.double()).square().topk(k, largest=False)``, with ties to the lowest index.
+
+    Example:
+        >>> import torch
+        >>> squared_distances, indices = nearest_neighbors(torch.tensor([[0.0, 1.0]]), torch.tensor([[3.0, 1.0], [0.0, 0.0]]), k=1)
+        >>> squared_distances.item(), indices.item()
+        (1.0, 1)
+    """
+    op = "nearest_neighbors"
+    asked = _checks.features(op, "queries", queries)
+    known = _checks.features(op, "bank", bank)
+    _checks.same_dim(op, "queries", asked, "bank", known)
+    _checks.integer(op, "k", k, 1, known.shape[0], " (the rows of the bank)")
+    with _checks.native_errors():
+        squared_distances, indices = _ops.nearest_neighbors(asked, known, k)
+    return squared_distances, indices
+
+
+def image_scores(squared_distances: Tensor, nearest_indices: Tensor, queries: ArrayLike, bank: ArrayLike, num_neighbors: int = 9) -> Tensor:
+    """The image-level anomaly score: Eq. (6) and Eq. (7), Roth et al. 2022, arXiv:2106.08265.
+
+    The patch with the largest distance s* to its nearest bank row m* (the lowest patch among equals) gives
+    ``s = (1 - exp(d(t, m*)) / sum_{m in N_b(m*)} exp(d(t, m))) * s*``, where N_b(m*) are the b bank rows nearest to m*, m* itself always the first.
+
+    Args:
+        squared_distances: ``[B, P]`` float64, as :func:`nearest_neighbors` gives them with k = 1.
+        nearest_indices: ``[B, P]`` int64, likewise.
+        queries: ``[B * P, D]``, the patches of all images.
+        bank: ``[M, D]``.
+        num_neighbors: b; a larger one than M is reduced to M. With 1 the score is s*.
+
+    Returns:
+        ``[B]`` float32, in units of distance.
+
+    Raises:
+        ValueError: Shapes do not fit, an index is outside the bank, or a row met on the way is not finite.
+
+    Cost: M + b distances an image.
+
+    Equivalent to:
+        :func:`patchcore_ext.reference.image_scores`
+    """
+    op = "image_scores"
+    asked = _checks.features(op, "queries", queries)
+    known = _checks.features(op, "bank", bank)
+    _checks.same_dim(op, "queries", asked, "bank", known)
+    _checks.integer(op, "num_neighbors", num_neighbors, 1)
+    for argument, value, dtype in (
+        ("squared_distances", squared_distances, torch.float64),
+        ("nearest_indices", nearest_indices, torch.int64),
+    ):
+        if not isinstance(value, Tensor) or value.dtype != dtype or value.ndim != 2 or value.shape[1] < 1:
+            raise ValueError(f"{op}: expected {argument} to be {str(dtype).removeprefix('torch.')} [batch, patches >= 1], got {_checks.describe(value)}.")
+    with _checks.native_errors():
+        result: Tensor = _ops.image_scores(squared_distances.contiguous(), nearest_indices.contiguous(), asked, known, num_neighbors)
+    return result
