@@ -1,0 +1,190 @@
+"""Greedy k-center coreset selection: Eq. (5) and Algorithm 1, Roth et al. 2022, arXiv:2106.08265."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import _checks, _random, ops
+from ._checks import ArrayLike
+
+ArrayT = TypeVar("ArrayT", Tensor, npt.NDArray[Any])
+_SLICE_SECONDS = 0.1  # how long the kernels run between two looks at the clock and at Ctrl-C
+
+
+class CoresetSelection(NamedTuple):
+    """The rows that a coreset keeps.
+
+    Attributes:
+        indices: int64 ``[num_samples]``, in greedy order.
+        distances: float64 ``[num_samples]``, the distance of each row to the nearest earlier one when it was picked (the covering radius of the rows before
+            it); the first is infinity. NaN when all rows were kept by ``ratio=1`` and nothing was measured.
+        radius: Covering radius: the largest distance of any row to its nearest kept one, in the space in which the rows were picked.
+    """
+
+    indices: Tensor
+    distances: Tensor
+    radius: float
+
+
+class CoresetSampler:
+    """Keeps the rows that cover the others best: greedy k-center selection on random projections.
+
+    The picks are those of the sequential algorithm on canonical float64 distances, ties to the lowest index: the same for every device, thread count,
+    instruction set and default dtype. A picked row is never picked again, so duplicates do no harm.
+
+    Args:
+        ratio: Share of rows to keep, in (0, 1]; ``num_samples = max(1, int(ratio * N))``. 1 keeps all rows in their order.
+        num_samples: Number of rows to keep, instead of ``ratio``.
+        projection_dim: Dimension of the random projection on which distances are measured; None: no projection; "auto": the Johnson-Lindenstrauss size for
+            eps = 0.9 (295 at 156,800 rows). Never projects up: features of at most this dimension are used as they are.
+        projection: "sparse" (Li et al. 2006) or "gaussian", as defined by sklearn.random_projection; both canonical (see ``ops.random_projection``).
+        start: "random" (seeded) or the index of the first row.
+        seed: Seed of the projection and of the start, in [0, 2^64).
+        progress: Show a progress bar; None: when stderr is a terminal.
+
+    Raises:
+        ValueError, TypeError: An argument is out of its range; the message names it.
+
+    Example:
+        >>> import torch
+        >>> features = torch.randn(1000, 64, generator=torch.Generator().manual_seed(0))
+        >>> selection = CoresetSampler(ratio=0.1, seed=0).select(features)
+        >>> selection.indices.shape
+        torch.Size([100])
+    """
+
+    def __init__(
+        self,
+        ratio: float = 0.1,
+        *,
+        num_samples: int | None = None,
+        projection_dim: int | str | None = 128,
+        projection: str = "sparse",
+        start: str | int = "random",
+        seed: int = 0,
+        progress: bool | None = None,
+    ) -> None:
+        op = "CoresetSampler"
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float):
+            raise TypeError(f"{op}: expected ratio to be a number in (0, 1], got {_checks.describe(ratio)}.")
+        if not 0 < ratio <= 1:
+            raise ValueError(f"{op}: expected ratio to lie in (0, 1], got {ratio}.")
+        if isinstance(projection_dim, str):
+            _checks.choice(op, "projection_dim", projection_dim, ("auto",))
+        elif projection_dim is not None:
+            _checks.integer(op, "projection_dim", projection_dim, 1)
+        if isinstance(start, str):
+            _checks.choice(op, "start", start, ("random",))
+        else:
+            _checks.integer(op, "start", start, 0)
+        self.ratio = float(ratio)
+        self.num_samples = None if num_samples is None else _checks.integer(op, "num_samples", num_samples, 1)
+        self.projection_dim = projection_dim
+        self.projection = _checks.choice(op, "projection", projection, ("sparse", "gaussian"))
+        self.start = start
+        self.seed = _checks.integer(op, "seed", seed, 0, 2**64 - 1)
+        self.progress = progress
+
+    def __repr__(self) -> str:
+        """The constructor's call."""
+        size = f"ratio={self.ratio}" if self.num_samples is None else f"num_samples={self.num_samples}"
+        return f"CoresetSampler({size}, projection_dim={self.projection_dim!r}, projection={self.projection!r}, start={self.start!r}, seed={self.seed})"
+
+    def select(self, features: ArrayLike) -> CoresetSelection:
+        """Picks rows.
+
+        Args:
+            features: ``[N, D]`` float32, float16, bfloat16 or float64 (rounded to float32, with a warning), tensor or NumPy array.
+
+        Returns:
+            The selection, on the features' device.
+
+        Raises:
+            ValueError: No rows, ``num_samples`` larger than N, ``start`` not a row, or a row with NaN or infinity (the message names the first).
+
+        Cost: N * num_samples * min(D, projection_dim) multiply-adds; 8 bytes a row and the projection (4 * projection_dim bytes a row).
+        """
+        rows = _checks.features("CoresetSampler.select", "features", features).detach()
+        num_rows = rows.shape[0]
+        num_samples = self._num_samples(num_rows)
+        first = self._first(num_rows)
+        if self.num_samples is None and self.ratio == 1:
+            self._refuse_nonfinite(rows)
+            distances = torch.full((num_rows,), math.nan, dtype=torch.float64, device=rows.device)
+            distances[0] = math.inf
+            return CoresetSelection(torch.arange(num_rows, device=rows.device), distances, 0.0)
+        rows = self._project(rows)
+        state = torch.full((num_rows,), math.inf, dtype=torch.float64, device=rows.device)
+        ops.update_min_distances(rows, rows[first, None], state)
+        state[first] = -1.0
+        indices = [torch.tensor([first], dtype=torch.int64, device=rows.device)]
+        squared_distances = [torch.tensor([math.inf], dtype=torch.float64, device=rows.device)]
+        for picked, values in self._slices(rows, state, num_samples - 1):
+            indices.append(picked)
+            squared_distances.append(values)
+        radius = math.sqrt(max(float(state.max()), 0.0))
+        return CoresetSelection(torch.cat(indices), ops.square_root(torch.cat(squared_distances)), radius)
+
+    def sample(self, features: ArrayT) -> ArrayT:
+        """The selected rows, ``features[select(features).indices]``: ``[num_samples, D]``, dtype and device of ``features``."""
+        indices = self.select(features).indices
+        if isinstance(features, np.ndarray):
+            rows: npt.NDArray[Any] = features[indices.cpu().numpy()]
+            return rows
+        return features[indices]
+
+    def _num_samples(self, num_rows: int) -> int:
+        if num_rows == 0:
+            raise ValueError("CoresetSampler.select: expected features to have at least one row, got none.")
+        if self.num_samples is None:
+            return max(1, int(self.ratio * num_rows))
+        if self.num_samples > num_rows:
+            raise ValueError(f"CoresetSampler.select: expected num_samples to be at most the rows of features ({num_rows}), got {self.num_samples}.")
+        return self.num_samples
+
+    def _first(self, num_rows: int) -> int:
+        if self.start == "random":
+            return _random.start_index(self.seed, num_rows)
+        return _checks.integer("CoresetSampler.select", "start", self.start, 0, num_rows - 1, " (a row of features)")
+
+    def _refuse_nonfinite(self, rows: Tensor) -> None:
+        bad = ops.first_nonfinite_row(rows)
+        if bad >= 0:
+            raise ValueError(f"CoresetSampler.select: expected features to be finite, got NaN or infinity in row {bad} (the first such row).")
+
+    def _project(self, rows: Tensor) -> Tensor:
+        num_rows, dim = rows.shape
+        target: int | str | None = self.projection_dim
+        if target == "auto":
+            from sklearn.random_projection import johnson_lindenstrauss_min_dim
+
+            target = int(johnson_lindenstrauss_min_dim(num_rows, eps=0.9))
+        if not isinstance(target, int) or dim <= target:
+            return rows
+        make = _random.sparse_projection_matrix if self.projection == "sparse" else _random.gaussian_projection_matrix
+        return ops.random_projection(rows, torch.from_numpy(make(dim, target, self.seed)).to(rows.device))
+
+    def _slices(self, rows: Tensor, state: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
+        """All picks, in calls short enough for a live progress bar and a prompt Ctrl-C. How they are cut does not matter to the result."""
+        show = sys.stderr.isatty() if self.progress is None else self.progress
+        slices: list[tuple[Tensor, Tensor]] = []
+        size, done = 1, 0
+        with tqdm(total=count, desc="coreset", unit="pick", disable=not show) as bar:
+            while done < count:
+                size = min(size, count - done)
+                began = time.perf_counter()
+                slices.append(ops.greedy_coreset(rows, state, size))
+                seconds = time.perf_counter() - began
+                done += size
+                bar.update(size)
+                size = max(1, min(2 * size, int(size * _SLICE_SECONDS / max(seconds, 1e-6))))
+        return slices

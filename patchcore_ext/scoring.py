@@ -1,0 +1,178 @@
+"""Scoring test patches against a memory bank: nearest neighbours, the image score of Eq. (7), anomaly maps (Roth et al. 2022, arXiv:2106.08265)."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks, ops
+from ._checks import ArrayLike
+from .memory_bank import MemoryBank
+
+SCORES = ("paper", "max", "anomalib", "amazon")
+
+
+class PatchScores(NamedTuple):
+    """What :class:`PatchScorer` finds in a batch of images.
+
+    Attributes:
+        image_scores: float32 ``[B]``.
+        patch_distances: float32 ``[B, P]``, each patch's distance to its nearest bank row (squared with ``score="amazon"``).
+        nearest_indices: int64 ``[B, P]``, that row.
+    """
+
+    image_scores: Tensor
+    patch_distances: Tensor
+    nearest_indices: Tensor
+
+
+class PatchScorer(torch.nn.Module):
+    """Distances of test patches to the memory bank, and the image-level score.
+
+    Exact: distances are canonical float64 values rounded once to float32, ties go to the lowest bank row, and an image gets the same bits alone or in a batch,
+    on any number of threads. Inputs are detached: scoring is not differentiable.
+
+    Args:
+        bank: ``[M, D]`` float32, float16 or bfloat16 tensor or NumPy array, or a :class:`MemoryBank`. Kept as the buffer ``bank``.
+        num_neighbors: b of Eq. (7), reduced to M when larger. 1 means the plain maximum.
+        score: "paper": Eq. (7). "max": the largest patch distance, Eq. (6). "anomalib": Eq. (7) as anomalib 2.7 computes it, which takes the first of the b
+            nearest rows to m* for m* itself (it differs where the bank holds duplicates). "amazon": as in amazon-science/patchcore-inspection, the largest
+            *squared* patch distance, no reweighting; patch distances are squared, too.
+
+    Raises:
+        ValueError, TypeError: The bank is empty, not ``[M, D]`` or not finite (names the first bad row), or an option is unknown.
+
+    Example:
+        >>> import torch
+        >>> scorer = PatchScorer(torch.tensor([[0.0, 0.0], [3.0, 4.0]]), num_neighbors=1)
+        >>> scorer(torch.tensor([[[3.0, 0.0], [0.0, 1.0]]])).image_scores
+        tensor([3.])
+    """
+
+    bank: Tensor
+
+    def __init__(self, bank: ArrayLike | MemoryBank, num_neighbors: int = 9, score: str = "paper") -> None:
+        super().__init__()
+        op = "PatchScorer"
+        rows = _checks.features(op, "bank", bank.features if isinstance(bank, MemoryBank) else bank).detach()
+        if rows.shape[0] == 0:
+            raise ValueError(f"{op}: expected bank to have at least one row, got {_checks.describe(rows)}.")
+        bad = ops.first_nonfinite_row(rows)
+        if bad >= 0:
+            raise ValueError(f"{op}: expected bank to be finite, got NaN or infinity in row {bad} (the first such row).")
+        self.num_neighbors = _checks.integer(op, "num_neighbors", num_neighbors, 1)
+        self.score = _checks.choice(op, "score", score, SCORES)
+        self.register_buffer("bank", rows)
+
+    def extra_repr(self) -> str:
+        """Bank size and options."""
+        rows, dim = self.bank.shape
+        return f"bank=[{rows}, {dim}] {self.bank.dtype}, num_neighbors={self.num_neighbors}, score={self.score!r}"
+
+    def forward(self, patches: ArrayLike) -> PatchScores:
+        """Scores images.
+
+        Args:
+            patches: ``[B, P, D]``, or ``[P, D]`` for one image (then B = 1), float32, float16 or bfloat16, P >= 1.
+
+        Returns:
+            Image scores ``[B]``, patch distances ``[B, P]`` and nearest bank rows ``[B, P]``.
+
+        Raises:
+            ValueError: Another dimension than the bank's, or a patch with NaN or infinity (names the first, counted over the batch).
+
+        Cost: B * P * M * D multiply-adds, and M * D an image for Eq. (7).
+        """
+        op = "PatchScorer"
+        ndim = 2 if getattr(patches, "ndim", 3) == 2 else 3
+        features = _checks.features(op, "patches", patches, ndim=ndim).detach()
+        if ndim == 2:
+            features = features[None]  # [1, P, D]
+        _checks.same_dim(op, "patches", features, "bank", self.bank)
+        batch, num_patches, _ = features.shape
+        if num_patches == 0:
+            raise ValueError(f"{op}: expected patches to have at least one patch an image, got {_checks.describe(patches)}.")
+        queries = features.flatten(0, 1)  # [B * P, D]
+        squared, nearest = ops.nearest_neighbors(queries, self.bank, 1)
+        squared, nearest = squared.view(batch, num_patches), nearest.view(batch, num_patches)
+        if self.score == "amazon":
+            return PatchScores(squared.amax(1).float(), squared.float(), nearest)
+        distances = ops.square_root(squared).float()
+        if self.score == "anomalib":
+            return PatchScores(self._anomalib_scores(squared, nearest, features), distances, nearest)
+        num_neighbors = self.num_neighbors if self.score == "paper" else 1
+        return PatchScores(ops.image_scores(squared, nearest, queries, self.bank, num_neighbors), distances, nearest)
+
+    def nearest(self, queries: ArrayLike, k: int) -> tuple[Tensor, Tensor]:
+        """The k nearest bank rows of each query.
+
+        Args:
+            queries: ``[Q, D]``.
+            k: 1 <= k <= M; a larger one is an error.
+
+        Returns:
+            ``distances`` float32 ``[Q, k]``, ascending, and ``indices`` int64 ``[Q, k]``; ties in the order of the bank.
+        """
+        op = "PatchScorer.nearest"
+        rows = _checks.features(op, "queries", queries).detach()
+        _checks.same_dim(op, "queries", rows, "bank", self.bank)
+        _checks.integer(op, "k", k, 1, self.bank.shape[0], " (the rows of the bank)")
+        squared, indices = ops.nearest_neighbors(rows, self.bank, k)
+        return ops.square_root(squared).float(), indices
+
+    def _anomalib_scores(self, squared: Tensor, nearest: Tensor, features: Tensor) -> Tensor:
+        """Anomalib's reading of Eq. (7): softmax over the distances to the b rows nearest to m*, the first of them taken for m*."""
+        batch = torch.arange(features.shape[0], device=features.device)
+        patch = squared.argmax(1)  # [B]
+        largest = ops.square_root(squared[batch, patch])
+        num_neighbors = min(self.num_neighbors, self.bank.shape[0])
+        if num_neighbors == 1:
+            return largest.float()
+        _, support = ops.nearest_neighbors(self.bank[nearest[batch, patch]], self.bank, num_neighbors)  # [B, b]
+        difference = features[batch, patch].double()[:, None] - self.bank[support].double()  # [B, b, D]
+        weights = ops.square_root(difference.square().sum(-1)).softmax(-1)  # [B, b]
+        return ((1 - weights[:, 0]) * largest).float()
+
+
+def anomaly_maps(patch_distances: Tensor, grid: tuple[int, int], size: tuple[int, int], sigma: float = 4.0) -> Tensor:
+    """Anomaly maps: patch distances at their places, bilinear to the image's size, smoothed by a gaussian (Roth et al. 2022, section 3.3).
+
+    Args:
+        patch_distances: ``[B, P]`` floating, P = grid[0] * grid[1], row-major.
+        grid: Rows and columns of patches.
+        size: Height and width of the map, in pixels.
+        sigma: Standard deviation of the gaussian in pixels of the map, truncated at 4 sigma; 0: no smoothing.
+
+    Returns:
+        ``[B, size[0], size[1]]`` float32.
+
+    Note: interpolation has align_corners=False; the gaussian mirrors the map at its borders with the edge repeated, as scipy.ndimage.gaussian_filter does.
+    """
+    if patch_distances.ndim != 2 or patch_distances.shape[1] != grid[0] * grid[1]:
+        raise ValueError(
+            f"anomaly_maps: expected patch_distances to be [batch, {grid[0]} * {grid[1]}] for a grid of {list(grid)}, got {_checks.describe(patch_distances)}."
+        )
+    device = patch_distances.device
+    with torch.autocast(device.type, enabled=False):
+        maps = patch_distances.detach().float().reshape(-1, *grid)  # [B, rows, columns]
+        vertical = _axis_operator(grid[0], size[0], sigma).to(device)
+        horizontal = _axis_operator(grid[1], size[1], sigma).to(device)
+        return torch.matmul(torch.matmul(vertical, maps), horizontal.T)  # [B, H, W]
+
+
+@functools.lru_cache(maxsize=32)
+def _axis_operator(count: int, size: int, sigma: float) -> Tensor:
+    """Interpolation and smoothing along one axis as one matrix ``[size, count]``: both are linear and separable, so a map is two small matrix products."""
+    cells = torch.eye(count, dtype=torch.float64, device="cpu")[:, None]  # [count, 1, count]
+    columns = torch.nn.functional.interpolate(cells, size=size, mode="linear", align_corners=False)  # [count, 1, size]
+    if sigma > 0:
+        radius = int(4.0 * sigma + 0.5)
+        offsets = torch.arange(-radius, radius + 1, dtype=torch.float64, device="cpu")
+        kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+        positions = torch.arange(-radius, size + radius, device="cpu") % (2 * size)
+        mirrored = columns[..., torch.where(positions < size, positions, 2 * size - 1 - positions)]  # [count, 1, size + 2 radius]
+        columns = torch.nn.functional.conv1d(mirrored, (kernel / kernel.sum())[None, None])  # [count, 1, size]
+    return columns[:, 0].T.float().contiguous()

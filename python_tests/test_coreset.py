@@ -1,0 +1,234 @@
+"""CoresetSampler: the picks of the textbook algorithm, whatever surrounds it."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import DTYPES, FEATURE_KINDS, make_features
+from numpy_oracle import greedy
+from sklearn.random_projection import johnson_lindenstrauss_min_dim
+
+from patchcore_ext import CoresetSampler, CoresetSelection, _random, ops, reference
+
+
+def assert_same(found: CoresetSelection, expected: CoresetSelection) -> None:
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(found.distances, expected.distances)
+    assert found.radius == expected.radius
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", FEATURE_KINDS)
+def test_select_equals_numpy_bit_for_bit(kind: str, dtype: torch.dtype) -> None:
+    features = make_features(kind, 60, 19, dtype)
+    selection = CoresetSampler(num_samples=25, projection_dim=None, start=7).select(features)
+    picks, distances, radius = greedy(features.double().numpy(), 7, 25)
+    assert selection.indices.tolist() == picks
+    assert selection.distances.tolist() == distances
+    assert selection.radius == radius
+    assert selection.indices.dtype == torch.int64
+    assert selection.distances.dtype == torch.float64
+
+
+@pytest.mark.parametrize("projection", ["sparse", "gaussian"])
+def test_select_on_projections_equals_the_reference(projection: str) -> None:
+    features = make_features("random", 80, 100)
+    selection = CoresetSampler(ratio=0.5, projection_dim=8, projection=projection, seed=11).select(features)
+    make = {"sparse": _random.sparse_projection_matrix, "gaussian": _random.gaussian_projection_matrix}[projection]
+    projected = reference.random_projection(features, torch.from_numpy(make(100, 8, 11)))
+    start = _random.start_index(11, 80)
+    assert selection.indices.tolist() == greedy(projected.double().numpy(), start, 40)[0]
+
+
+def test_surroundings_change_nothing() -> None:
+    features = make_features("random", 2500, 160)
+    sampler = CoresetSampler(num_samples=40, projection_dim=64, seed=3)
+    torch.set_num_threads(1)
+    expected = sampler.select(features)
+    for threads in (2, 5):
+        torch.set_num_threads(threads)
+        assert_same(sampler.select(features), expected)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    assert_same(sampler.select(features), expected)
+    torch.set_default_device("cpu")
+    torch.manual_seed(5)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(sampler.select(features), expected)
+
+
+PICKS = """
+import torch
+from patchcore_ext import CoresetSampler
+features = torch.arange(3000.0 * 150, dtype=torch.float64).mul(0.618).frac().sub(0.5).float().reshape(3000, 150)
+print(CoresetSampler(num_samples=30, projection_dim=32, projection="gaussian", seed=2).select(features).indices.tolist())
+"""
+
+
+def test_cpu_capabilities_change_nothing() -> None:
+    found = set()
+    for torch_level, our_level in (("default", "scalar"), ("avx2", "avx2"), ("avx512", "avx512"), ("avx512", "scalar")):
+        if our_level not in available_levels():
+            continue
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": torch_level, "PATCHCORE_EXT_CPU_LEVEL": our_level}
+        found.add(subprocess.run([sys.executable, "-c", PICKS], env=environment, check=True, capture_output=True, text=True).stdout)
+    assert len(found) == 1
+
+
+def available_levels() -> list[str]:
+    from patchcore_ext import build_info
+
+    levels: list[str] = build_info()["cpu_levels"]
+    return levels
+
+
+def test_sizes() -> None:
+    features = make_features("random", 50, 4)
+    assert len(CoresetSampler(ratio=0.1).select(features).indices) == 5
+    assert len(CoresetSampler(ratio=0.001).select(features).indices) == 1
+    assert len(CoresetSampler(ratio=0.999).select(features).indices) == 49
+    one = CoresetSampler(num_samples=1, start=3).select(features)
+    assert one.indices.tolist() == [3]
+    assert one.radius == math.sqrt(reference.squared_distance(features, features[3]).max())
+
+
+@pytest.mark.parametrize("kind", FEATURE_KINDS)
+def test_all_rows_picked_are_a_permutation(kind: str) -> None:
+    features = make_features(kind, 30, 3)
+    selection = CoresetSampler(num_samples=30).select(features)
+    assert sorted(selection.indices.tolist()) == list(range(30))
+    assert selection.radius == 0
+    assert selection.distances[0] == float("inf")
+    assert torch.equal(selection.distances, selection.distances.sort(descending=True).values)
+
+
+def test_ratio_one_keeps_rows_in_order() -> None:
+    features = make_features("random", 30, 3)
+    selection = CoresetSampler(ratio=1).select(features)
+    assert selection.indices.tolist() == list(range(30))
+    assert selection.radius == 0
+    assert torch.equal(CoresetSampler(ratio=1.0).sample(features), features)
+    features[4, 1] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinity in row 4 "):
+        CoresetSampler(ratio=1).select(features)
+
+
+def test_distances_are_the_covering_radius_before_each_pick() -> None:
+    features = make_features("random", 70, 6)
+    selection = CoresetSampler(num_samples=20, projection_dim=None).select(features)
+    for count in (1, 5, 19):
+        smallest = reference.nearest_neighbors(features, features[selection.indices[:count]], 1)[0]
+        assert float(selection.distances[count]) == math.sqrt(smallest.max())
+    assert selection.radius < float(selection.distances[-1])
+
+
+def test_never_projects_up_and_auto_is_johnson_lindenstrauss(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    project = ops.random_projection
+
+    def spy(features: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        used.append(matrix.shape[0])
+        return project(features, matrix)
+
+    monkeypatch.setattr(ops, "random_projection", spy)
+    features = make_features("random", 300, 200)
+    CoresetSampler(num_samples=2, projection_dim=200).select(features)
+    CoresetSampler(num_samples=2, projection_dim=None).select(features)
+    CoresetSampler(num_samples=2, projection_dim="auto").select(features)
+    assert johnson_lindenstrauss_min_dim(300, eps=0.9) < 200
+    assert used == [johnson_lindenstrauss_min_dim(300, eps=0.9)]
+    assert johnson_lindenstrauss_min_dim(156_800, eps=0.9) == 295
+
+
+def test_sample_keeps_type_and_order() -> None:
+    features = make_features("random", 40, 5, torch.bfloat16)
+    sampler = CoresetSampler(num_samples=7)
+    assert torch.equal(sampler.sample(features), features[sampler.select(features).indices])
+    array = features.float().numpy()
+    sampled = sampler.sample(array)
+    assert isinstance(sampled, np.ndarray)
+    assert np.array_equal(sampled, array[sampler.select(array).indices.numpy()])
+
+
+def test_float64_is_rounded_with_a_warning() -> None:
+    features = make_features("random", 40, 5)
+    with pytest.warns(UserWarning, match="features is float64 and is rounded to float32"):
+        found = CoresetSampler(num_samples=7).select(features.double())
+    assert_same(found, CoresetSampler(num_samples=7).select(features))
+
+
+def test_features_with_gradients_are_detached() -> None:
+    features = make_features("random", 40, 200).requires_grad_()
+    assert not CoresetSampler(num_samples=7).select(features).distances.requires_grad
+
+
+def test_wrong_arguments_are_named() -> None:
+    for ratio in (0, 2, -0.1, 1.5):
+        with pytest.raises(ValueError, match=rf"CoresetSampler: expected ratio to lie in \(0, 1\], got {ratio}"):
+            CoresetSampler(ratio=ratio)
+    with pytest.raises(TypeError, match="expected ratio to be a number"):
+        CoresetSampler(ratio="0.1")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected num_samples to be at least 1, got 0"):
+        CoresetSampler(num_samples=0)
+    with pytest.raises(ValueError, match="expected projection to be one of 'sparse', 'gaussian', got 'pca'"):
+        CoresetSampler(projection="pca")
+    with pytest.raises(ValueError, match="expected start to be one of 'random'"):
+        CoresetSampler(start="first")
+    with pytest.raises(ValueError, match="expected projection_dim to be one of 'auto'"):
+        CoresetSampler(projection_dim="half")
+    with pytest.raises(ValueError, match="expected seed to be between 0"):
+        CoresetSampler(seed=-1)
+    features = make_features("random", 10, 5)
+    with pytest.raises(ValueError, match=r"expected num_samples to be at most the rows of features \(10\), got 11"):
+        CoresetSampler(num_samples=11).select(features)
+    with pytest.raises(ValueError, match=r"expected start to be between 0 and 9 \(a row of features\), got 10"):
+        CoresetSampler(start=10).select(features)
+    with pytest.raises(ValueError, match="expected features to have at least one row"):
+        CoresetSampler().select(features[:0])
+    features[6, 0] = float("inf")
+    with pytest.raises(ValueError, match="NaN or infinity in row 6 "):
+        CoresetSampler(num_samples=3).select(features)
+    wide = make_features("random", 10, 300)
+    wide[8, 299] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinity in row 8 "):
+        CoresetSampler(num_samples=3).select(wide)
+    with pytest.raises(ValueError, match="got a value beyond the range of float32"):
+        CoresetSampler(num_samples=3).select(torch.full((4, 300), 3e38))
+
+
+def test_progress_counts_every_pick(capfd: pytest.CaptureFixture[str]) -> None:
+    CoresetSampler(num_samples=33, progress=True).select(make_features("random", 100, 5))
+    assert "32/32" in capfd.readouterr().err  # the start is given
+    CoresetSampler(num_samples=33, progress=False).select(make_features("random", 100, 5))
+    assert capfd.readouterr().err == ""
+
+
+def test_ctrl_c_stops_the_selection_within_a_second() -> None:
+    features = make_features("random", 100_000, 64)
+    sent = []
+
+    def interrupt() -> None:
+        time.sleep(0.5)
+        sent.append(time.perf_counter())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        CoresetSampler(num_samples=100_000, progress=False).select(features)
+    stopped = time.perf_counter()
+    thread.join()
+    assert stopped - sent[0] < 1.0
+
+
+def test_repr_reads_like_the_call() -> None:
+    assert repr(CoresetSampler(ratio=0.25, seed=4)).startswith("CoresetSampler(ratio=0.25, projection_dim=128, projection='sparse', start='random', seed=4")
