@@ -24,7 +24,11 @@ def _update_min_distances(features: Tensor, centers: Tensor, min_distances: Tens
     return None
 
 
-def _greedy_coreset(features: Tensor, min_distances: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _coreset_codes(features: Tensor, center: Tensor, prefix: Tensor) -> Tensor:
+    return features.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.uint8)
+
+
+def _greedy_coreset(features: Tensor, min_distances: Tensor, count: int, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return features.new_empty((count,), dtype=torch.int64), features.new_empty((count,), dtype=torch.float64)
 
 
@@ -37,7 +41,16 @@ def _image_scores(squared_distances: Tensor, nearest_indices: Tensor, queries: T
     return queries.new_empty((squared_distances.shape[0],), dtype=torch.float32)
 
 
-_FAKES = (_first_nonfinite_row, _square_root, _random_projection, _update_min_distances, _greedy_coreset, _nearest_neighbors, _image_scores)
+_FAKES = (
+    _first_nonfinite_row,
+    _square_root,
+    _random_projection,
+    _update_min_distances,
+    _coreset_codes,
+    _greedy_coreset,
+    _nearest_neighbors,
+    _image_scores,
+)
 for _fake in _FAKES:
     torch.library.register_fake(f"patchcore_ext::{_fake.__name__[1:]}", _fake)
 

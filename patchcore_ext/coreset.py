@@ -17,7 +17,11 @@ from . import _checks, _random, ops
 from ._checks import ArrayLike
 
 ArrayT = TypeVar("ArrayT", Tensor, npt.NDArray[Any])
-_SLICE_SECONDS = 0.1  # how long the kernels run between two looks at the clock and at Ctrl-C
+_FEWEST_PICKS = 32  # for fewer, or with fewer rows, the int8 copy costs more than it saves
+_FEWEST_ROWS = 2048
+_CODED_DIMS = range(4, 32_769)  # below, codes take more memory than features
+_FIRST_SLICE = 40_000_000  # rows times picks of the first call
+_SLICE_SECONDS = 0.3  # how long the kernels run between two looks at the clock and at Ctrl-C
 
 
 class CoresetSelection(NamedTuple):
@@ -111,7 +115,8 @@ class CoresetSampler:
         Raises:
             ValueError: No rows, ``num_samples`` larger than N, ``start`` not a row, or a row with NaN or infinity (the message names the first).
 
-        Cost: N * num_samples * min(D, projection_dim) multiply-adds; 8 bytes a row and the projection (4 * projection_dim bytes a row).
+        Cost: N * num_samples int8 products of 48 (rarely min(D, projection_dim)) terms. Memory beside the features: the projection (4 * projection_dim bytes
+        a row) and at most three quarters of it again.
         """
         rows = _checks.features("CoresetSampler.select", "features", features).detach()
         num_rows = rows.shape[0]
@@ -177,12 +182,14 @@ class CoresetSampler:
         """All picks, in calls short enough for a live progress bar and a prompt Ctrl-C. How they are cut does not matter to the result."""
         show = sys.stderr.isatty() if self.progress is None else self.progress
         slices: list[tuple[Tensor, Tensor]] = []
-        size, done = 1, 0
+        size, done = max(1, _FIRST_SLICE // rows.shape[0]), 0
+        worthwhile = count >= _FEWEST_PICKS and rows.shape[0] >= _FEWEST_ROWS and rows.shape[1] in _CODED_DIMS
+        codes = ops.coreset_codes(rows) if worthwhile else None
         with tqdm(total=count, desc="coreset", unit="pick", disable=not show) as bar:
             while done < count:
                 size = min(size, count - done)
                 began = time.perf_counter()
-                slices.append(ops.greedy_coreset(rows, state, size))
+                slices.append(ops.greedy_coreset(rows, state, size, codes))
                 seconds = time.perf_counter() - began
                 done += size
                 bar.update(size)

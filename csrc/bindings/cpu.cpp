@@ -1,11 +1,13 @@
 // CPU kernels of the ops: tensors in, tensors out, nothing else. Every check that keeps memory safe is made here as well as in Python, since an op
 // can be called as torch.ops.patchcore_ext.<name> by anyone.
 #include <memory>
+#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "checks.h"
 #include "coreset.h"
+#include "filter.h"
 #include "image_score.h"
 #include "knn.h"
 #include "projection.h"
@@ -136,7 +138,33 @@ void update_min_distances(const Tensor& features, const Tensor& centers, Tensor 
   if (status != Status::kOk) explain_nonfinite(op, {{"features", &input.rows}, {"centers", &added.rows}});
 }
 
-std::tuple<Tensor, Tensor> greedy_coreset(const Tensor& features, Tensor min_distances, int64_t count) {
+Tensor coreset_codes(const Tensor& features, const Tensor& center, const Tensor& prefix) {
+  const char* op = "coreset_codes";
+  const Feature input = features_of(features, op, "features");
+  const int64_t dim = input.rows.dim;
+  if (dim > kMaxFilterDim) fail(op, ": expected features to have at most ", kMaxFilterDim, " dimensions, got ", dim, ".");
+  if (input.rows.count < 1) fail(op, ": expected features to have at least one row, got none.");
+  check_vector(center, ScalarType::Double, dim, op, "center", "float64");
+  if (!prefix.is_cpu() || prefix.scalar_type() != ScalarType::Double || prefix.dim() != 2 || prefix.size(0) != dim || prefix.size(1) >= dim) {
+    fail(op, ": expected prefix to be a float64 CPU tensor of shape [", dim, ", fewer than ", dim, "], got shape ", shape_of(prefix), ".");
+  }
+  const int64_t outputs = prefix.size(1), columns = (outputs + 7) / 8 * 8;
+  std::vector<double> matrix(static_cast<size_t>(dim * columns));
+  const Tensor dense = torch::stable::contiguous(prefix);
+  const double* values = static_cast<const double*>(dense.const_data_ptr());
+  for (int64_t j = 0; j < dim; ++j) {
+    for (int64_t o = 0; o < outputs; ++o) matrix[static_cast<size_t>(j * columns + o)] = values[j * outputs + o];
+  }
+  const CoresetRotation rotation = {static_cast<const double*>(center.const_data_ptr()), outputs, columns, matrix.data()};
+  const Parallel parallel = torch_threads(input.rows.count * dim * (columns + 1));
+  if (first_nonfinite_row_cpu(input.rows, parallel) >= 0) explain_nonfinite(op, {{"features", &input.rows}});
+  Tensor codes = empty({coreset_codes_bytes(input.rows, rotation)}, ScalarType::Byte);
+  const auto memory = workspace(coreset_codes_workspace_bytes(input.rows, rotation, parallel));
+  pack_coreset_codes_cpu(input.rows, rotation, parallel, memory.get(), codes.mutable_data_ptr());
+  return codes;
+}
+
+std::tuple<Tensor, Tensor> greedy_coreset(const Tensor& features, Tensor min_distances, int64_t count, std::optional<Tensor> codes) {
   const char* op = "greedy_coreset";
   const Feature input = features_of(features, op, "features");
   check_vector(min_distances, ScalarType::Double, input.rows.count, op, "min_distances", "float64");
@@ -144,12 +172,22 @@ std::tuple<Tensor, Tensor> greedy_coreset(const Tensor& features, Tensor min_dis
   int64_t open = 0;
   for (int64_t i = 0; i < input.rows.count; ++i) open += state[i] != kPicked;
   if (count < 0 || count > open) fail(op, ": expected count to lie in [0, ", open, "], the rows not yet picked, got ", count, ".");
-  const Parallel parallel = torch_threads(input.rows.count * input.rows.dim);
-  const auto memory = workspace(coreset_workspace_bytes(input.rows, parallel));
   Tensor indices = empty({count}, ScalarType::Long);
   Tensor squared_distances = empty({count}, ScalarType::Double);
-  const Status status = greedy_coreset_cpu(input.rows, count, parallel, memory.get(), state, static_cast<int64_t*>(indices.mutable_data_ptr()),
-                                           static_cast<double*>(squared_distances.mutable_data_ptr()));
+  int64_t* picks = static_cast<int64_t*>(indices.mutable_data_ptr());
+  double* values = static_cast<double*>(squared_distances.mutable_data_ptr());
+  const Parallel parallel = torch_threads(input.rows.count * input.rows.dim);
+  if (codes.has_value()) {
+    check_vector(*codes, ScalarType::Byte, codes->size(0), op, "codes", "uint8");
+    if (!coreset_codes_fit(input.rows, codes->const_data_ptr(), codes->size(0))) {
+      fail(op, ": expected codes to come from coreset_codes of the same features, got ", codes->size(0), " bytes of others.");
+    }
+    const auto memory = workspace(batched_coreset_workspace_bytes(input.rows, codes->const_data_ptr(), parallel));
+    batched_greedy_coreset_cpu(input.rows, codes->const_data_ptr(), count, {}, parallel, memory.get(), state, picks, values, nullptr);
+    return {indices, squared_distances};
+  }
+  const auto memory = workspace(coreset_workspace_bytes(input.rows, parallel));
+  const Status status = greedy_coreset_cpu(input.rows, count, parallel, memory.get(), state, picks, values);
   if (status != Status::kOk) explain_nonfinite(op, {{"features", &input.rows}});
   return {indices, squared_distances};
 }
@@ -212,6 +250,7 @@ STABLE_TORCH_LIBRARY_IMPL(patchcore_ext, CPU, library) {
   library.impl("square_root", TORCH_BOX(&patchcore::bindings::square_root));
   library.impl("random_projection", TORCH_BOX(&patchcore::bindings::random_projection));
   library.impl("update_min_distances", TORCH_BOX(&patchcore::bindings::update_min_distances));
+  library.impl("coreset_codes", TORCH_BOX(&patchcore::bindings::coreset_codes));
   library.impl("greedy_coreset", TORCH_BOX(&patchcore::bindings::greedy_coreset));
   library.impl("nearest_neighbors", TORCH_BOX(&patchcore::bindings::nearest_neighbors));
   library.impl("image_scores", TORCH_BOX(&patchcore::bindings::image_scores));

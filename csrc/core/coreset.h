@@ -26,4 +26,56 @@ Status update_min_distances_cpu(const Rows& rows, const Rows& centers, const Par
 Status greedy_coreset_cpu(const Rows& rows, int64_t count, const Parallel& parallel, void* workspace, double* min_squared_distances, int64_t* indices,
                           double* squared_distances);
 
+// ---- The batched algorithm: the same picks, many of them a pass
+// ------------------------------------------------------------------------------------
+//
+// Greedy selection looks sequential: each pick needs the distances to the pick before. But distances only fall. Order the rows by (value descending,
+// index ascending), take the first B as candidates, and run the greedy loop among them alone: as long as the best candidate comes before the best row
+// OUTSIDE, as that one stood at the beginning, it is the pick of the whole set, since rows outside have only fallen since. Then one pass lowers all
+// rows by all accepted picks. The result is the sequential one, whatever B; a tie that would fall outside is excluded by the total order.
+//
+// In a pass and among the candidates, pairs are discarded by integer dot products of int8 codes (filter.h): first of a short prefix of a rotation,
+// then of all coordinates; what is left, about one pair in two thousand on real features, is evaluated canonically. Where codes cannot discard
+// (unstructured data), the prefix is dropped; where candidates stay few (tight clusters), B grows.
+
+// The prefix of a rotation that comes first in the filter, as a contraction of x - center (filter.h, section 7). outputs = 0: no prefix.
+struct CoresetRotation {
+  const double* center;  // [dim], where most rows are: a median
+  int64_t outputs;
+  int64_t columns;       // outputs rounded up to a multiple of 8
+  const double* matrix;  // [dim, columns], columns beyond `outputs` zero; largest singular value at most 1
+};
+
+// Bytes of the int8 copy of `rows`, and of workspace to make it. rows.dim <= kMaxFilterDim (filter.h).
+int64_t coreset_codes_bytes(const Rows& rows, const CoresetRotation& rotation);
+int64_t coreset_codes_workspace_bytes(const Rows& rows, const CoresetRotation& rotation, const Parallel& parallel);
+
+// Makes the int8 copy: codes [coreset_codes_bytes], 64-byte aligned. The rows must be finite.
+void pack_coreset_codes_cpu(const Rows& rows, const CoresetRotation& rotation, const Parallel& parallel, void* workspace, void* codes);
+
+// Whether `codes`, of that many bytes, can be the codes of such rows (their sizes fit; the contents are the caller's word).
+bool coreset_codes_fit(const Rows& rows, const void* codes, int64_t bytes);
+
+// How to run; the result does not depend on it. 0: decided by the algorithm.
+struct CoresetOptions {
+  int64_t batch = 0;   // candidates a pass
+  int32_t prefix = 0;  // 1: always filter by the prefix, -1: never
+  int32_t single = 0;  // 1: one pick a pass
+};
+
+// What a run did, for benchmarks and for the choice of a plan.
+struct CoresetStatistics {
+  int64_t passes = 0;
+  int64_t pairs = 0;      // pairs compared by codes in the passes
+  int64_t survivors = 0;  // of the first comparison
+  int64_t canonical = 0;  // evaluated canonically
+};
+
+int64_t batched_coreset_workspace_bytes(const Rows& rows, const void* codes, const Parallel& parallel);
+
+// greedy_coreset_cpu by the batched algorithm, with the codes of the same rows.
+void batched_greedy_coreset_cpu(const Rows& rows, const void* codes, int64_t count, const CoresetOptions& options, const Parallel& parallel,
+                                void* workspace, double* min_squared_distances, int64_t* indices, double* squared_distances,
+                                CoresetStatistics* statistics);
+
 }  // namespace patchcore

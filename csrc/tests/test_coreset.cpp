@@ -61,7 +61,105 @@ Result select(const Rows& rows, int64_t count, int64_t slice, const Parallel& pa
   return result;
 }
 
+// A rotation's prefix: `outputs` orthonormal directions, a hair shorter than 1 so that their matrix is a contraction.
+struct Rotation {
+  std::vector<double> center, matrix;
+  CoresetRotation view;
+};
+
+Rotation make_rotation(const Rows& rows, int64_t outputs) {
+  Rotation rotation;
+  const int64_t columns = (outputs + 7) / 8 * 8;
+  rotation.center = data::widened(rows, 0);
+  rotation.matrix.assign(static_cast<size_t>(rows.dim * std::max<int64_t>(columns, 1)), 0.0);
+  std::mt19937_64 random(3);
+  std::normal_distribution<double> normal;
+  std::vector<std::vector<double>> basis;
+  for (int64_t o = 0; o < outputs; ++o) {
+    std::vector<double> direction(static_cast<size_t>(rows.dim));
+    for (double& value : direction) value = normal(random);
+    for (int twice = 0; twice < 2; ++twice) {
+      for (const std::vector<double>& other : basis) {
+        double product = 0;
+        for (size_t j = 0; j < direction.size(); ++j) product += direction[j] * other[j];
+        for (size_t j = 0; j < direction.size(); ++j) direction[j] -= product * other[j];
+      }
+    }
+    double norm = 0;
+    for (const double value : direction) norm += value * value;
+    for (double& value : direction) value /= std::sqrt(norm);
+    basis.push_back(direction);
+    for (int64_t j = 0; j < rows.dim; ++j) rotation.matrix[static_cast<size_t>(j * columns + o)] = (1 - 1e-9) * direction[static_cast<size_t>(j)];
+  }
+  rotation.view = {rotation.center.data(), outputs, columns, rotation.matrix.data()};
+  return rotation;
+}
+
+// `count` picks by the batched algorithm, cut into slices.
+Result select_batched(const Rows& rows, int64_t outputs, int64_t count, int64_t slice, const CoresetOptions& options, const Parallel& parallel,
+                      CoresetStatistics* statistics = nullptr) {
+  const Rotation rotation = make_rotation(rows, outputs);
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  std::vector<Line> codes(static_cast<size_t>(coreset_codes_bytes(rows, rotation.view)) / 64 + 1);
+  std::vector<double> workspace(static_cast<size_t>(coreset_codes_workspace_bytes(rows, rotation.view, parallel)) / 8 + 1);
+  pack_coreset_codes_cpu(rows, rotation.view, parallel, workspace.data(), codes.data());
+  workspace.assign(static_cast<size_t>(batched_coreset_workspace_bytes(rows, codes.data(), parallel)) / 8 + 1, 0);
+  Result result;
+  result.state.assign(static_cast<size_t>(rows.count), kInfinity);
+  result.indices.resize(static_cast<size_t>(count));
+  result.squared_distances.resize(static_cast<size_t>(count));
+  for (int64_t done = 0; done < count; done += slice) {
+    batched_greedy_coreset_cpu(rows, codes.data(), std::min(slice, count - done), options, parallel, workspace.data(), result.state.data(),
+                               result.indices.data() + done, result.squared_distances.data() + done, statistics);
+  }
+  return result;
+}
+
 }  // namespace
+
+TEST(batched_picks_equal_the_textbook_loop_on_every_set) {
+  for (const int64_t dim : {1, 3, 7, 16, 17, 33, 65}) {
+    for (data::Set& set : data::sets(150, dim)) {
+      const Result expected = oracle(data::rows_of(set), 70);
+      for (const int64_t outputs : {int64_t{0}, int64_t{3}, int64_t{11}}) {
+        if (outputs >= dim) continue;
+        for (const CoresetOptions& options : {CoresetOptions{}, CoresetOptions{1, 0, 0}, CoresetOptions{32, 1, 0}, CoresetOptions{64, -1, 0},
+                                              CoresetOptions{100, 1, 0}, CoresetOptions{0, 0, 1}}) {
+          const Result found = select_batched(set.rows, outputs, 70, 70, options, data::threads(2));
+          if (!(found == expected)) std::cerr << set.name << " dim " << dim << " outputs " << outputs << " batch " << options.batch << "\n";
+          CHECK(found == expected);
+        }
+      }
+      CHECK(select_batched(set.rows, dim > 3 ? 3 : 0, 70, 9, {}, data::threads(3)) == expected);
+    }
+  }
+}
+
+TEST(batched_picks_equal_the_loop_on_larger_sets) {
+  for (const int64_t dim : {5, 48}) {
+    for (data::Set& set : data::sets(3000, dim)) {
+      const Result expected = select(data::rows_of(set), 600, 600, data::threads(2));
+      for (const int64_t slots : {1, 2, 3}) {
+        CoresetStatistics statistics;
+        const Result found = select_batched(set.rows, dim > 16 ? 15 : 0, 600, 600, {}, data::threads(slots), &statistics);
+        if (!(found == expected)) std::cerr << set.name << " dim " << dim << "\n";
+        CHECK(found == expected);
+        if (slots == 1)
+          std::cout << "     " << set.name << " dim " << dim << ": " << statistics.passes << " passes, left by codes "
+                    << 100.0 * static_cast<double>(statistics.survivors) / static_cast<double>(statistics.pairs) << "%, canonical "
+                    << 100.0 * static_cast<double>(statistics.canonical) / static_cast<double>(statistics.pairs) << "%\n";
+      }
+    }
+  }
+}
+
+TEST(batched_picks_are_a_permutation_when_all_rows_are_asked_for) {
+  for (data::Set& set : data::sets(130, 9)) {
+    CHECK(select_batched(data::rows_of(set), 4, 130, 130, {}, data::threads(2)) == select(set.rows, 130, 130, serial()));
+  }
+}
 
 TEST(picks_equal_the_textbook_loop_on_every_set) {
   for (const int64_t dim : {1, 3, 16, 33}) {

@@ -4,23 +4,12 @@
 #include <algorithm>
 #include <atomic>
 
+#include "cpu/candidate.h"
 #include "cpu/rows.h"
 
 namespace patchcore {
 
 namespace {
-
-struct Candidate {
-  double squared_distance;
-  int64_t index;
-
-  // The total order of picks: the larger distance first, then the lower index. Merging shares of rows in any order gives the same winner.
-  bool before(const Candidate& other) const {
-    return squared_distance > other.squared_distance || (squared_distance == other.squared_distance && index < other.index);
-  }
-};
-
-constexpr Candidate kNoCandidate = {kPicked, INT64_MAX};
 
 // One slot's workspace: its best candidate, the widened centre, a block of widened rows.
 struct Slot {

@@ -13,7 +13,7 @@ bool processor_has(const Level& candidate) {
   if (&candidate == &kAvx2Level) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
   if (&candidate == &kAvx512Level) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
   }
 #endif
   return &candidate == &kScalarLevel;

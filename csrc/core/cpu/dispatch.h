@@ -8,6 +8,9 @@
 
 namespace patchcore {
 
+// Operands of the int8 scan lie in tiles: tile[w][o][b] is code 4 w + b of operand o, so that one register holds the same four codes of 16 operands.
+constexpr int64_t kTileOperands = 64;
+
 struct Level {
   const char* name;
 
@@ -17,6 +20,28 @@ struct Level {
   // Exact widening of `count` scalars.
   void (*float16_to_float)(const uint16_t* in, int64_t count, float* out);
   void (*bfloat16_to_float)(const uint16_t* in, int64_t count, float* out);
+
+  // Integer dot products for the filters (filter.h), exact. Codes come in groups of four ("words"); one side is stored as code + 128 in uint8, as the
+  // dot-product instructions want it, and the caller subtracts 128 * (sum of the other side's codes).
+
+  // Bit o of survivors[r] is set iff start[o] + dot(row r, operand o) >= floors[r]. rows: [count] rows, `stride` bytes apart; start: [kTileOperands].
+  void (*scan_rows)(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, const int32_t* start, int64_t words,
+                    const int32_t* floors, uint64_t* survivors);
+
+  // Bit o of the result is set iff start[o] + dot(row, operand o) >= floors[o] + offset (which must not overflow).
+  uint64_t (*scan_tile)(const uint8_t* row, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors, int32_t offset);
+
+  // dots[i] = dot(row, codes of operand which[i]), operands `stride` bytes apart.
+  void (*dots)(const uint8_t* row, const int8_t* operands, int64_t stride, const int32_t* which, int64_t count, int64_t words, int32_t* dots);
+
+  // floors[r] = int8_floor(squared_norms[r], int8_skip_limit(reach[r], residual)), count a multiple of 8.
+  void (*int8_floors)(const double* reach, const int32_t* squared_norms, int64_t count, double residual, int32_t* floors);
+
+  // The index of the first of the largest of `count` values (a positive multiple of 8, none NaN).
+  int64_t (*first_largest)(const double* values, int64_t count);
+
+  // products[o] = sum_k x[k] * matrix[k][o], float64, o < outputs (a multiple of 8); k ascending, so the same bits at every level.
+  void (*multiply_matrix)(const double* x, const double* matrix, int64_t dim, int64_t outputs, double* products);
 };
 
 // The level in use.

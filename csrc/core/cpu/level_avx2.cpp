@@ -62,9 +62,125 @@ void bfloat16_to_float(const uint16_t* in, int64_t count, float* out) {
   for (; i < count; ++i) out[i] = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(static_cast<uint32_t>(in[i]) << 16))));
 }
 
+// Four codes of each of eight operands against four codes of a row: vpmaddubsw saturates, so both are widened to int16 and vpmaddwd leaves two
+// partial sums an operand, in `low` those of operands 0-3 and in `high` those of operands 4-7.
+struct PartialSums {
+  __m256i low, high;
+};
+
+inline __m256i widen_row_word(const uint8_t* word) {
+  int32_t codes;
+  __builtin_memcpy(&codes, word, 4);
+  return _mm256_cvtepu8_epi16(_mm_set1_epi32(codes));
+}
+
+inline void accumulate(PartialSums* sums, __m256i row, const int8_t* operands) {
+  sums->low = _mm256_add_epi32(sums->low, _mm256_madd_epi16(row, _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(operands)))));
+  sums->high =
+      _mm256_add_epi32(sums->high, _mm256_madd_epi16(row, _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(operands + 16)))));
+}
+
+// Dot products of a row with eight operands of a tile.
+inline __m256i eight_dots(const uint8_t* row, const int8_t* operands, int64_t words) {
+  PartialSums sums = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+  for (int64_t w = 0; w < words; ++w) accumulate(&sums, widen_row_word(row + 4 * w), operands + w * 4 * kTileOperands);
+  return _mm256_permute4x64_epi64(_mm256_hadd_epi32(sums.low, sums.high), 0xd8);
+}
+
+inline uint64_t at_least(__m256i value, __m256i floor) {
+  return 0xffu & ~static_cast<unsigned int>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(floor, value))));
+}
+
+uint64_t scan_tile(const uint8_t* row, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors, int32_t offset) {
+  uint64_t survivors = 0;
+  for (int64_t o = 0; o < kTileOperands; o += 8) {
+    const __m256i value = _mm256_add_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(start + o)), eight_dots(row, tile + 4 * o, words));
+    const __m256i floor = _mm256_add_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(floors + o)), _mm256_set1_epi32(offset));
+    survivors |= at_least(value, floor) << o;
+  }
+  return survivors;
+}
+
+void scan_rows(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors,
+               uint64_t* survivors) {
+  for (int64_t r = 0; r < count; ++r) survivors[r] = 0;
+  for (int64_t o = 0; o < kTileOperands; o += 8) {
+    const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(start + o));
+    for (int64_t r = 0; r < count; ++r) {
+      survivors[r] |= at_least(_mm256_add_epi32(first, eight_dots(rows + r * stride, tile + 4 * o, words)), _mm256_set1_epi32(floors[r])) << o;
+    }
+  }
+}
+
+inline int32_t dot(const uint8_t* row, const int8_t* operand, int64_t words) {
+  __m256i sum = _mm256_setzero_si256();
+  int64_t w = 0;
+  for (; w + 4 <= words; w += 4) {
+    const __m256i a = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 4 * w)));
+    const __m256i b = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(operand + 4 * w)));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+  }
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  int32_t total = _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+  for (int64_t b = 4 * w; b < 4 * words; ++b) total += row[b] * operand[b];
+  return total;
+}
+
+void dots(const uint8_t* row, const int8_t* operands, int64_t stride, const int32_t* which, int64_t count, int64_t words, int32_t* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = dot(row, operands + which[i] * stride, words);
+}
+
+// filter.h, section 5, four rows at a time and operation by operation: the same integers.
+void int8_floors(const double* reach, const int32_t* squared_norms, int64_t count, double residual, int32_t* floors) {
+  const __m256d inflation = _mm256_set1_pd(1.0 + 4 * 0x1p-52), most = _mm256_set1_pd(2147483646.0), zero = _mm256_setzero_pd();
+  for (int64_t r = 0; r < count; r += 4) {
+    const __m256d wish = _mm256_loadu_pd(reach + r);
+    const __m256d radius = _mm256_add_pd(wish, _mm256_set1_pd(residual));
+    const __m256d bound = _mm256_mul_pd(_mm256_mul_pd(radius, radius), inflation);
+    const __m128i limit = _mm_add_epi32(_mm256_cvttpd_epi32(_mm256_min_pd(bound, most)), _mm_set1_epi32(1));  // NaN: the second operand, never skip
+    const __m128i norms = _mm_loadu_si128(reinterpret_cast<const __m128i*>(squared_norms + r));
+    const __m128i floor = _mm_srai_epi32(_mm_add_epi32(_mm_sub_epi32(norms, limit), _mm_set1_epi32(2)), 1);
+    // reach < 0: the limit is INT32_MIN and the difference does not fit 32 bits; (n + 2^31 + 2) >> 1 is (n + 2) >> 1 plus 2^30.
+    const __m128i always = _mm_add_epi32(_mm_srai_epi32(_mm_add_epi32(norms, _mm_set1_epi32(2)), 1), _mm_set1_epi32(1 << 30));
+    const __m256i skip = _mm256_castpd_si256(_mm256_cmp_pd(wish, zero, _CMP_LT_OQ));
+    const __m128i skip32 = _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(skip, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(floors + r), _mm_blendv_epi8(floor, always, skip32));
+  }
+}
+
+int64_t first_largest(const double* values, int64_t count) {
+  __m256d low = _mm256_loadu_pd(values), high = _mm256_loadu_pd(values + 4);
+  for (int64_t i = 8; i < count; i += 8) {
+    low = _mm256_max_pd(low, _mm256_loadu_pd(values + i));
+    high = _mm256_max_pd(high, _mm256_loadu_pd(values + i + 4));
+  }
+  const __m256d four = _mm256_max_pd(low, high);
+  const __m128d two = _mm_max_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  const __m256d best = _mm256_set1_pd(_mm_cvtsd_f64(_mm_max_sd(two, _mm_unpackhi_pd(two, two))));
+  for (int64_t i = 0;; i += 4) {
+    const int equal = _mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(values + i), best, _CMP_EQ_OQ));
+    if (equal != 0) return i + __builtin_ctz(static_cast<unsigned int>(equal));
+  }
+}
+
+void multiply_matrix(const double* x, const double* matrix, int64_t dim, int64_t outputs, double* products) {
+  for (int64_t o = 0; o < outputs; o += 8) {
+    __m256d low = _mm256_setzero_pd(), high = low;
+    for (int64_t k = 0; k < dim; ++k) {
+      const __m256d value = _mm256_set1_pd(x[k]);
+      low = _mm256_add_pd(low, _mm256_mul_pd(value, _mm256_loadu_pd(matrix + k * outputs + o)));
+      high = _mm256_add_pd(high, _mm256_mul_pd(value, _mm256_loadu_pd(matrix + k * outputs + o + 4)));
+    }
+    _mm256_storeu_pd(products + o, low);
+    _mm256_storeu_pd(products + o + 4, high);
+  }
+}
+
 }  // namespace
 
-const Level kAvx2Level = {"avx2", squared_distances, float16_to_float, bfloat16_to_float};
+const Level kAvx2Level = {"avx2", squared_distances, float16_to_float, bfloat16_to_float, scan_rows, scan_tile,
+                          dots,   int8_floors,       first_largest,    multiply_matrix};
 
 }  // namespace patchcore
 

@@ -11,7 +11,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #pragma GCC push_options
-#pragma GCC target("avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq")
+#pragma GCC target("avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 
 namespace patchcore {
 
@@ -60,9 +60,135 @@ void bfloat16_to_float(const uint16_t* in, int64_t count, float* out) {
   }
 }
 
+inline __m512i row_word(const uint8_t* word) {
+  int32_t codes;
+  __builtin_memcpy(&codes, word, 4);
+  return _mm512_set1_epi32(codes);
+}
+
+// kRows rows against the 64 operands of a tile: 4 * kRows accumulators stay in registers. With three rows GCC 12 spills nothing and reaches nine
+// tenths of the rate of the dot-product unit; with five it spills and halves it.
+template <int kRows>
+inline void scan_some_rows(const uint8_t* rows, int64_t stride, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors,
+                           uint64_t* survivors) {
+  __m512i sums[kRows][4];
+  for (int q = 0; q < 4; ++q) {
+    const __m512i first = _mm512_loadu_si512(start + 16 * q);
+    for (int r = 0; r < kRows; ++r) sums[r][q] = first;
+  }
+  for (int64_t w = 0; w < words; ++w, tile += 4 * kTileOperands) {
+    const __m512i operand0 = _mm512_loadu_si512(tile), operand1 = _mm512_loadu_si512(tile + 64);
+    const __m512i operand2 = _mm512_loadu_si512(tile + 128), operand3 = _mm512_loadu_si512(tile + 192);
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i codes = row_word(rows + r * stride + 4 * w);
+      sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], codes, operand0);
+      sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], codes, operand1);
+      sums[r][2] = _mm512_dpbusd_epi32(sums[r][2], codes, operand2);
+      sums[r][3] = _mm512_dpbusd_epi32(sums[r][3], codes, operand3);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    const __m512i floor = _mm512_set1_epi32(floors[r]);
+    uint64_t mask = 0;
+    for (int q = 0; q < 4; ++q) mask |= static_cast<uint64_t>(_mm512_cmpge_epi32_mask(sums[r][q], floor)) << (16 * q);
+    survivors[r] = mask;
+  }
+}
+
+void scan_rows(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors,
+               uint64_t* survivors) {
+  int64_t r = 0;
+  for (; r + 3 <= count; r += 3) scan_some_rows<3>(rows + r * stride, stride, tile, start, words, floors + r, survivors + r);
+  for (; r < count; ++r) scan_some_rows<1>(rows + r * stride, stride, tile, start, words, floors + r, survivors + r);
+}
+
+uint64_t scan_tile(const uint8_t* row, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors, int32_t offset) {
+  __m512i sums[4], other[4];  // two sums an operand: the latency of one instruction behind the other would show
+  for (int q = 0; q < 4; ++q) {
+    sums[q] = _mm512_loadu_si512(start + 16 * q);
+    other[q] = _mm512_setzero_si512();
+  }
+  int64_t w = 0;
+  for (; w + 2 <= words; w += 2, tile += 8 * kTileOperands) {
+    const __m512i codes = row_word(row + 4 * w), next = row_word(row + 4 * w + 4);
+    for (int q = 0; q < 4; ++q) {
+      sums[q] = _mm512_dpbusd_epi32(sums[q], codes, _mm512_loadu_si512(tile + 64 * q));
+      other[q] = _mm512_dpbusd_epi32(other[q], next, _mm512_loadu_si512(tile + 4 * kTileOperands + 64 * q));
+    }
+  }
+  if (w < words) {
+    for (int q = 0; q < 4; ++q) sums[q] = _mm512_dpbusd_epi32(sums[q], row_word(row + 4 * w), _mm512_loadu_si512(tile + 64 * q));
+  }
+  uint64_t survivors = 0;
+  for (int q = 0; q < 4; ++q) {
+    const __m512i floor = _mm512_add_epi32(_mm512_loadu_si512(floors + 16 * q), _mm512_set1_epi32(offset));
+    survivors |= static_cast<uint64_t>(_mm512_cmpge_epi32_mask(_mm512_add_epi32(sums[q], other[q]), floor)) << (16 * q);
+  }
+  return survivors;
+}
+
+void dots(const uint8_t* row, const int8_t* operands, int64_t stride, const int32_t* which, int64_t count, int64_t words, int32_t* out) {
+  const int64_t whole = words / 16 * 64;
+  const __mmask64 rest = (uint64_t{1} << (4 * words - whole)) - 1;
+  for (int64_t i = 0; i < count; ++i) {
+    const int8_t* operand = operands + which[i] * stride;
+    __m512i sum =
+        _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_maskz_loadu_epi8(rest, row + whole), _mm512_maskz_loadu_epi8(rest, operand + whole));
+    for (int64_t b = 0; b < whole; b += 64) sum = _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(row + b), _mm512_loadu_si512(operand + b));
+    out[i] = _mm512_reduce_add_epi32(sum);
+  }
+}
+
+// filter.h, section 5, eight rows at a time and operation by operation: the same integers.
+void int8_floors(const double* reach, const int32_t* squared_norms, int64_t count, double residual, int32_t* floors) {
+  const __m512d inflation = _mm512_set1_pd(1.0 + 4 * 0x1p-52), most = _mm512_set1_pd(2147483646.0);
+  for (int64_t r = 0; r < count; r += 8) {
+    const __m512d wish = _mm512_loadu_pd(reach + r);
+    const __m512d radius = _mm512_add_pd(wish, _mm512_set1_pd(residual));
+    const __m512d bound = _mm512_mul_pd(_mm512_mul_pd(radius, radius), inflation);
+    const __m256i limit =
+        _mm256_add_epi32(_mm512_cvttpd_epi32(_mm512_min_pd(bound, most)), _mm256_set1_epi32(1));  // NaN: the second operand, never skip
+    const __m256i norms = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(squared_norms + r));
+    const __m256i floor = _mm256_srai_epi32(_mm256_add_epi32(_mm256_sub_epi32(norms, limit), _mm256_set1_epi32(2)), 1);
+    // reach < 0: the limit is INT32_MIN and the difference does not fit 32 bits; (n + 2^31 + 2) >> 1 is (n + 2) >> 1 plus 2^30.
+    const __m256i always = _mm256_add_epi32(_mm256_srai_epi32(_mm256_add_epi32(norms, _mm256_set1_epi32(2)), 1), _mm256_set1_epi32(1 << 30));
+    const __mmask8 skip = _mm512_cmp_pd_mask(wish, _mm512_setzero_pd(), _CMP_LT_OQ);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(floors + r), _mm256_mask_mov_epi32(floor, skip, always));
+  }
+}
+
+int64_t first_largest(const double* values, int64_t count) {
+  __m512d most = _mm512_loadu_pd(values);
+  for (int64_t i = 8; i < count; i += 8) most = _mm512_max_pd(most, _mm512_loadu_pd(values + i));
+  const __m512d best = _mm512_set1_pd(_mm512_reduce_max_pd(most));
+  for (int64_t i = 0;; i += 8) {
+    const __mmask8 equal = _mm512_cmp_pd_mask(_mm512_loadu_pd(values + i), best, _CMP_EQ_OQ);
+    if (equal != 0) return i + __builtin_ctz(equal);
+  }
+}
+
+// kGroups * 8 outputs at a time, each group's sum in a register.
+template <int kGroups>
+inline void multiply_groups(const double* x, const double* matrix, int64_t dim, int64_t outputs, double* products) {
+  __m512d sums[kGroups];
+  for (int g = 0; g < kGroups; ++g) sums[g] = _mm512_setzero_pd();
+  for (int64_t k = 0; k < dim; ++k) {
+    const __m512d value = _mm512_set1_pd(x[k]);
+    for (int g = 0; g < kGroups; ++g) sums[g] = _mm512_add_pd(sums[g], _mm512_mul_pd(value, _mm512_loadu_pd(matrix + k * outputs + 8 * g)));
+  }
+  for (int g = 0; g < kGroups; ++g) _mm512_storeu_pd(products + 8 * g, sums[g]);
+}
+
+void multiply_matrix(const double* x, const double* matrix, int64_t dim, int64_t outputs, double* products) {
+  int64_t o = 0;
+  for (; o + 48 <= outputs; o += 48) multiply_groups<6>(x, matrix + o, dim, outputs, products + o);
+  for (; o < outputs; o += 8) multiply_groups<1>(x, matrix + o, dim, outputs, products + o);
+}
+
 }  // namespace
 
-const Level kAvx512Level = {"avx512", squared_distances, float16_to_float, bfloat16_to_float};
+const Level kAvx512Level = {"avx512", squared_distances, float16_to_float, bfloat16_to_float, scan_rows, scan_tile,
+                            dots,     int8_floors,       first_largest,    multiply_matrix};
 
 }  // namespace patchcore
 

@@ -3,6 +3,7 @@
 
 #include "cpu/dispatch.h"
 #include "distance.h"
+#include "filter.h"
 
 namespace patchcore {
 
@@ -36,8 +37,58 @@ void bfloat16_to_float(const uint16_t* in, int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = float_from_bits(static_cast<uint32_t>(in[i]) << 16);
 }
 
+int32_t dot(const uint8_t* row, const int8_t* operand, int64_t operand_step, int64_t words) {
+  int32_t sum = 0;
+  for (int64_t w = 0; w < words; ++w) {
+    for (int64_t b = 0; b < 4; ++b) sum += row[4 * w + b] * operand[w * operand_step + b];
+  }
+  return sum;
+}
+
+uint64_t scan_tile(const uint8_t* row, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors, int32_t offset) {
+  uint64_t survivors = 0;
+  for (int64_t o = 0; o < kTileOperands; ++o) {
+    const int32_t value = start[o] + dot(row, tile + 4 * o, 4 * kTileOperands, words);
+    survivors |= static_cast<uint64_t>(value >= floors[o] + offset) << o;
+  }
+  return survivors;
+}
+
+void scan_rows(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors,
+               uint64_t* survivors) {
+  for (int64_t r = 0; r < count; ++r) {
+    survivors[r] = 0;
+    for (int64_t o = 0; o < kTileOperands; ++o) {
+      const int32_t value = start[o] + dot(rows + r * stride, tile + 4 * o, 4 * kTileOperands, words);
+      survivors[r] |= static_cast<uint64_t>(value >= floors[r]) << o;
+    }
+  }
+}
+
+void dots(const uint8_t* row, const int8_t* operands, int64_t stride, const int32_t* which, int64_t count, int64_t words, int32_t* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = dot(row, operands + which[i] * stride, 4, words);
+}
+
+void int8_floors(const double* reach, const int32_t* squared_norms, int64_t count, double residual, int32_t* floors) {
+  for (int64_t r = 0; r < count; ++r) floors[r] = int8_floor(squared_norms[r], int8_skip_limit(reach[r], residual));
+}
+
+int64_t first_largest(const double* values, int64_t count) {
+  int64_t best = 0;
+  for (int64_t i = 1; i < count; ++i) best = values[i] > values[best] ? i : best;
+  return best;
+}
+
+void multiply_matrix(const double* x, const double* matrix, int64_t dim, int64_t outputs, double* products) {
+  for (int64_t o = 0; o < outputs; ++o) products[o] = 0;
+  for (int64_t k = 0; k < dim; ++k) {
+    for (int64_t o = 0; o < outputs; ++o) products[o] = add(products[o], multiply(x[k], matrix[k * outputs + o]));
+  }
+}
+
 }  // namespace
 
-const Level kScalarLevel = {"scalar", squared_distances, float16_to_float, bfloat16_to_float};
+const Level kScalarLevel = {"scalar", squared_distances, float16_to_float, bfloat16_to_float, scan_rows, scan_tile,
+                            dots,     int8_floors,       first_largest,    multiply_matrix};
 
 }  // namespace patchcore

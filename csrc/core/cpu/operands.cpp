@@ -1,0 +1,105 @@
+#include "cpu/operands.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/rows.h"
+#include "filter.h"
+
+namespace patchcore {
+
+namespace {
+
+// Hands out aligned pieces of a block of memory; with a null block it only counts.
+class Pieces {
+ public:
+  explicit Pieces(void* memory) : memory_(static_cast<char*>(memory)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + used_);
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return piece;
+  }
+
+  int64_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  int64_t used_ = 0;
+};
+
+Operands lay_out(int64_t capacity, int64_t dim, const Codes& first, const Codes& second, Pieces* pieces) {
+  const int64_t tiles = num_tiles(capacity), padded = tiles * kTileOperands;
+  Operands operands;
+  operands.count = 0;
+  operands.tiles = pieces->take<int8_t>(padded * 4 * first.words);
+  operands.start = pieces->take<int32_t>(padded);
+  operands.residuals = pieces->take<float>(padded);
+  operands.tile_residuals = pieces->take<double>(tiles);
+  operands.codes = pieces->take<int8_t>(capacity * 4 * second.words);
+  operands.squared_norms = pieces->take<int32_t>(capacity);
+  operands.biases = pieces->take<int32_t>(capacity);
+  operands.code_residuals = pieces->take<float>(capacity);
+  operands.rows = pieces->take<float>(capacity * dim);
+  return operands;
+}
+
+// Signed codes of row r; returns 128 times their sum.
+int32_t signed_codes(const Codes& codes, int64_t r, int8_t* out) {
+  const uint8_t* in = codes.codes + r * 4 * codes.words;
+  int32_t sum = 0;
+  for (int64_t k = 0; k < 4 * codes.words; ++k) {
+    out[k] = static_cast<int8_t>(in[k] - 128);
+    sum += out[k];
+  }
+  return 128 * sum;
+}
+
+}  // namespace
+
+int64_t operands_bytes(int64_t capacity, int64_t dim, const Codes& first, const Codes& second) {
+  Pieces pieces(nullptr);
+  lay_out(capacity, dim, first, second, &pieces);
+  return pieces.used();
+}
+
+Operands operands_at(int64_t capacity, int64_t dim, const Codes& first, const Codes& second, void* memory) {
+  Pieces pieces(memory);
+  return lay_out(capacity, dim, first, second, &pieces);
+}
+
+void gather_operands(const Rows& rows, const Codes& first, const Codes& second, const int64_t* which, int64_t count, StartWith start, Operands* out) {
+  const int64_t tiles = num_tiles(count), tile_bytes = 4 * first.words * kTileOperands;
+  out->count = count;
+  std::memset(out->tiles, 0, static_cast<size_t>(tiles * tile_bytes));
+  std::fill(out->start + count, out->start + tiles * kTileOperands, kInt8PaddingStart);
+  std::fill(out->residuals + count, out->residuals + tiles * kTileOperands, 0.0f);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t r = which[i];
+    int8_t* tile = out->tiles + i / kTileOperands * tile_bytes + i % kTileOperands * 4;
+    const uint8_t* codes = first.codes + r * 4 * first.words;
+    int32_t sum = 0;
+    for (int64_t w = 0; w < first.words; ++w) {
+      for (int64_t b = 0; b < 4; ++b) {
+        const int8_t code = static_cast<int8_t>(codes[4 * w + b] - 128);
+        tile[w * 4 * kTileOperands + b] = code;
+        sum += code;
+      }
+    }
+    out->start[i] = (start == StartWith::kNorm ? int8_start(first.squared_norms[r]) : 0) - 128 * sum;
+    out->residuals[i] = first.residuals[r];
+    out->biases[i] = signed_codes(second, r, out->codes + i * 4 * second.words);
+    out->squared_norms[i] = second.squared_norms[r];
+    out->code_residuals[i] = second.residuals[r];
+    float* row = out->rows + i * rows.dim;
+    const FloatRows widened = float_rows(rows, r, 1, row);
+    if (widened.data != row) std::memcpy(row, widened.data, static_cast<size_t>(rows.dim) * sizeof(float));
+  }
+  for (int64_t t = 0; t < tiles; ++t) {
+    const float* begin = out->residuals + t * kTileOperands;
+    out->tile_residuals[t] = *std::max_element(begin, begin + kTileOperands);
+  }
+}
+
+}  // namespace patchcore
