@@ -1,0 +1,670 @@
+"""Patch features against Eq. (1)-(3) written as loops in float64, and the backbones, weights and errors around them."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import urllib.error
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from patchcore_ext.features import FeatureExtractor
+
+RESNET18_STATE = os.environ.get("PATCHCORE_EXT_RESNET18", "")
+Array = NDArray[np.float64]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The tensors are tiny: more threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class SmallNet(nn.Module):
+    """Three maps of falling resolution; odd sizes come from odd images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = nn.Conv2d(3, 4, 3, padding=1)
+        self.middle = nn.Sequential(nn.Conv2d(4, 5, 3, stride=2, padding=1), nn.BatchNorm2d(5))
+        self.coarse = nn.Conv2d(5, 7, 3, stride=2, padding=1)
+        self.fc = nn.Linear(7, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.coarse(self.middle(self.fine(images))).mean((2, 3)))
+
+    def maps(self, images: Tensor) -> dict[str, Tensor]:
+        fine = self.fine(images)
+        middle = self.middle(fine)
+        return {"fine": fine, "middle": middle, "coarse": self.coarse(middle)}
+
+
+class BranchingNet(SmallNet):
+    """The same network with a branch on the data, which torch.fx cannot trace, and a tail that must not run."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.sum() > 1e30:
+            return images
+        self.coarse(self.middle(self.fine(images)))
+        raise AssertionError("the network ran past its last named layer")
+
+
+def small_net(net_class: type[SmallNet] = SmallNet) -> SmallNet:
+    torch.manual_seed(5)
+    net = net_class().double()
+    nn.init.uniform_(net.middle[1].running_mean, -1, 1)
+    nn.init.uniform_(net.middle[1].running_var, 0.5, 2)
+    return net.eval()
+
+
+def random_images(batch: int, height: int, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(batch, 3, height, width, dtype=dtype, generator=torch.Generator().manual_seed(7))
+
+
+# --- Eq. (1)-(3), naively -------------------------------------------------------------------------------------------------------
+
+
+def neighbourhood(feature_map: Array, row: int, column: int, patch_size: int) -> Array:
+    """Eq. (1): [C, p, p], zeros outside the map."""
+    channels, height, width = feature_map.shape
+    reach = patch_size // 2
+    values = np.zeros((channels, patch_size, patch_size))
+    for a in range(row - reach, row + reach + 1):
+        for b in range(column - reach, column + reach + 1):
+            if 0 <= a < height and 0 <= b < width:
+                values[:, a - row + reach, b - column + reach] = feature_map[:, a, b]
+    return values
+
+
+def adaptive_average(vector: Array, dim: int) -> Array:
+    n = len(vector)
+    return np.array([vector[math.floor(i * n / dim) : math.ceil((i + 1) * n / dim)].mean() for i in range(dim)])
+
+
+def local_features(feature_map: Array, patch_size: int, dim: int | None) -> Array:
+    """Eq. (2): [h, w, D]; the mean per channel, or adaptive pooling to dim."""
+    _, height, width = feature_map.shape
+    rows = []
+    for row in range(height):
+        for column in range(width):
+            values = neighbourhood(feature_map, row, column, patch_size)
+            rows.append(values.mean((1, 2)) if dim is None else adaptive_average(values.reshape(-1), dim))
+    return np.array(rows).reshape(height, width, -1)
+
+
+def bilinear(features: Array, height: int, width: int) -> Array:
+    """Upsampling of [h, w, D] with half-pixel centres (align_corners=False)."""
+    old_height, old_width, dim = features.shape
+    result = np.zeros((height, width, dim))
+    for row in range(height):
+        for column in range(width):
+            y = max((row + 0.5) * old_height / height - 0.5, 0)
+            x = max((column + 0.5) * old_width / width - 0.5, 0)
+            top, left = int(y), int(x)
+            below, right = min(top + 1, old_height - 1), min(left + 1, old_width - 1)
+            upper = features[top, left] * (1 - (x - left)) + features[top, right] * (x - left)
+            lower = features[below, left] * (1 - (x - left)) + features[below, right] * (x - left)
+            result[row, column] = upper * (1 - (y - top)) + lower * (y - top)
+    return result
+
+
+def naive_features(maps: list[Array], aggregation: str, patch_size: int, stride: int, dim: int) -> Array:
+    height, width = max((feature_map.shape[1:] for feature_map in maps), key=lambda size: size[0] * size[1])
+    layers = [bilinear(local_features(feature_map, patch_size, None if aggregation == "concat" else dim), height, width) for feature_map in maps]
+    merged = np.concatenate(layers, axis=2)
+    kept = [merged[h, w] for h in range(height) for w in range(width) if h % stride == 0 and w % stride == 0]
+    return np.array(kept if aggregation == "concat" else [adaptive_average(vector, dim) for vector in kept])
+
+
+@pytest.mark.parametrize("aggregation", ["concat", "paper"])
+@pytest.mark.parametrize("patch_size", [1, 3, 5])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("layers", [("fine", "middle"), ("middle",), ("fine", "middle", "coarse"), ("coarse", "fine")])
+def test_features_equal_loops(aggregation: str, patch_size: int, stride: int, layers: tuple[str, ...]) -> None:
+    net, images = small_net(), random_images(2, 7, 10)
+    extractor = FeatureExtractor(net, layers, aggregation=aggregation, patch_size=patch_size, stride=stride, feature_dim=11)
+    with torch.inference_mode():
+        features, grid = extractor(images)
+        maps = net.maps(images)
+    size = maps["fine" if "fine" in layers else "middle"].shape[2:]
+    assert grid == (math.ceil(size[0] / stride), math.ceil(size[1] / stride))
+    assert features.dtype == torch.float32
+    assert features.is_contiguous()
+    for index in range(2):
+        expected = naive_features([maps[layer][index].numpy() for layer in layers], aggregation, patch_size, stride, 11)
+        assert features.shape[1:] == expected.shape
+        np.testing.assert_allclose(features[index].numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [3, 36, 45, 64])  # fewer than, as many as and more than the 4 * 3 * 3 entries there are
+def test_features_paper_pools_to_any_dim(dim: int) -> None:
+    net, images = small_net(), random_images(1, 5, 4)
+    extractor = FeatureExtractor(net, ("fine", "coarse"), aggregation="paper", feature_dim=dim)
+    with torch.inference_mode():
+        features, _ = extractor(images)
+        maps = [net.maps(images)[layer][0].numpy() for layer in ("fine", "coarse")]
+    np.testing.assert_allclose(features[0].numpy(), naive_features(maps, "paper", 3, 1, dim), rtol=1e-5, atol=1e-5)
+
+
+def test_features_paper_unfolds_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    extractor, images = FeatureExtractor(small_net(), ("fine", "coarse"), aggregation="paper", feature_dim=16), random_images(5, 8, 8)
+    with torch.inference_mode():
+        whole = extractor(images).features
+        monkeypatch.setattr("patchcore_ext.features._UNFOLD_BYTES", 2 * 4 * 4 * 9 * 64)  # two images of the fine map
+        assert torch.equal(extractor(images).features, whole)
+
+
+@pytest.mark.parametrize("aggregation", ["concat", "paper"])
+def test_features_of_a_batch_equal_those_of_each_image(aggregation: str) -> None:
+    extractor = FeatureExtractor(small_net(), ("fine", "coarse"), aggregation=aggregation, feature_dim=16)
+    images = random_images(5, 9, 6)
+    with torch.inference_mode():
+        together = extractor(images)
+        apart = [extractor(images[index : index + 1]) for index in range(5)]
+    assert together.features.shape == (5, 54, 11 if aggregation == "concat" else 16)
+    assert {single.grid for single in apart} == {together.grid}
+    torch.testing.assert_close(torch.cat([single.features for single in apart]), together.features, rtol=1e-6, atol=1e-6)
+
+
+def test_features_concat_keeps_the_order_of_layers() -> None:
+    net, images = small_net(), random_images(1, 8, 8)
+    with torch.inference_mode():
+        first = FeatureExtractor(net, ("fine", "coarse"))(images)
+        second = FeatureExtractor(net, ("coarse", "fine"))(images)
+    assert first.grid == second.grid == (8, 8)
+    assert torch.equal(first.features, torch.cat([second.features[..., 7:], second.features[..., :7]], dim=2))
+
+
+def test_features_rows_are_row_major() -> None:
+    class Identity(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Identity()
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.layer(images)
+
+    images = torch.arange(2 * 3 * 4 * 5, dtype=torch.float32).view(2, 3, 4, 5)
+    features, grid = FeatureExtractor(Identity(), ("layer",), patch_size=1)(images)
+    assert grid == (4, 5)
+    assert torch.equal(features[1, 2 * 5 + 3], images[1, :, 2, 3])
+
+
+# --- running the backbone -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layers", "dim"),
+    [
+        ("resnet18", ("layer2", "layer3"), 128 + 256),
+        ("resnet18", ("layer1", "layer2", "layer3"), 64 + 128 + 256),
+        ("wide_resnet50_2", ("layer2", "layer3"), 512 + 1024),
+        ("resnext101_32x8d", ("layer2", "layer3"), 512 + 1024),
+        ("densenet201", ("features.denseblock2", "features.denseblock3"), 512 + 1792),
+        ("efficientnet_b0", ("features.3", "features.5"), 40 + 112),
+        ("swin_t", ("features.1", "features.3"), 96 + 192),
+    ],
+)
+def test_features_backbone_gives_what_its_modules_give(backbone: str, layers: tuple[str, ...], dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[nn.Module] = []
+    get_model = torchvision.models.get_model
+    monkeypatch.setattr(torchvision.models, "get_model", lambda *args, **options: built.append(get_model(*args, **options)) or built[-1])
+    extractor = FeatureExtractor(backbone, layers, weights=None, patch_size=1)
+    network = built[0]  # as torchvision made it, nothing cut off
+    seen: list[Tensor] = []
+    for layer in layers:
+        network.get_submodule(layer).register_forward_hook(lambda _module, _inputs, output: seen.append(output.clone()))
+    images = random_images(1, 64, 64, torch.float32)
+    with torch.inference_mode():
+        features, grid = extractor(images)
+        network(images)
+    finest = seen[0].permute(0, 3, 1, 2) if backbone == "swin_t" else seen[0]
+    assert features.shape == (1, grid[0] * grid[1], dim)
+    assert grid == tuple(finest.shape[2:])
+    torch.testing.assert_close(features[..., : finest.shape[1]], finest.flatten(2).transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_features_backbone_is_cut_behind_the_last_layer() -> None:
+    extractor = FeatureExtractor("resnet18", ("layer2", "layer3"), weights=None)
+    names = extractor.backbone_state()
+    assert any(name.startswith("layer3.1") for name in names)
+    assert not any(name.startswith(("layer4", "fc")) for name in names)
+    assert not any(parameter.requires_grad for parameter in extractor.parameters())
+
+
+def test_features_do_not_depend_on_the_other_layers() -> None:
+    # bn1 is followed by ReLU(inplace=True), which would overwrite its map once something behind it is asked for.
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(weights=None)
+    images = random_images(1, 32, 32, torch.float32)
+    with torch.inference_mode():
+        alone = FeatureExtractor(network, ("bn1",))(images).features
+        beside = FeatureExtractor(network, ("bn1", "layer1"))(images).features
+    assert alone.min() < 0
+    assert torch.equal(beside[..., :64], alone)
+
+
+def test_features_take_the_output_of_a_block_not_its_last_operation() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            output = self.conv(images)
+            output.relu_()  # without a user of its result
+            self.mean = output.mean()
+            return output
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.block(images).neg()
+
+    net, images = Net(), random_images(1, 4, 4, torch.float32)
+    extractor = FeatureExtractor(net, ("block",), patch_size=1)
+    with torch.no_grad():
+        assert torch.equal(extractor(images).features, net.block.conv(images).relu().flatten(2).transpose(1, 2))
+
+
+class RepeatingNet(nn.Module):
+    """Calls a layer twice and writes over what it gave, in a way that torch.fx can or cannot trace."""
+
+    def __init__(self, traceable: bool) -> None:
+        super().__init__()
+        self.traceable = traceable
+        self.layer = nn.Conv2d(3, 3, 1)
+        self.head = nn.Conv2d(3, 2, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        output = self.layer(images)
+        again = self.layer(F.dropout(output.mul_(0), 0.5, training=self.training))
+        return self.head(again if self.traceable or images.sum() < 1e30 else images)
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+def test_features_are_those_of_a_layers_first_call(traceable: bool) -> None:
+    net, images = RepeatingNet(traceable), random_images(1, 4, 4, torch.float32)
+    extractor = FeatureExtractor(net, ("layer", "head"), patch_size=1)
+    assert isinstance(extractor.network, torch.fx.GraphModule) == traceable
+    with torch.no_grad():
+        features = extractor(images).features
+        assert torch.equal(features[..., :3], net.layer(images).flatten(2).transpose(1, 2))
+        assert torch.equal(features[..., 3:], net.head(net.layer(images * 0)).flatten(2).transpose(1, 2))
+
+
+def test_features_of_a_module_in_training_mode_are_those_of_eval_mode() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(3, 3, 1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.layer(F.dropout(images, 0.5, training=self.training))
+
+    net, images = Net().train(), random_images(1, 4, 4, torch.float32)
+    with torch.no_grad():
+        assert torch.equal(FeatureExtractor(net, ("layer",), patch_size=1)(images).features, net.layer(images).flatten(2).transpose(1, 2))
+
+
+def test_features_fall_back_to_hooks() -> None:
+    images = random_images(2, 7, 10)
+    traced = FeatureExtractor(small_net(), ("fine", "coarse"))
+    net = small_net(BranchingNet)
+    hooked = FeatureExtractor(net, ("fine", "coarse"))  # BranchingNet's tail would raise
+    with torch.inference_mode():
+        assert torch.equal(hooked(images).features, traced(images).features)
+    assert not any(module._forward_hooks for module in net.modules())
+    assert hooked.backbone_state().keys() == net.state_dict().keys()
+    hooked.load_backbone_state(traced.backbone_state() | {name: tensor for name, tensor in net.state_dict().items() if name.startswith("fc")})
+
+
+def test_features_hooks_report_a_layer_that_never_runs() -> None:
+    class Net(BranchingNet):
+        def forward(self, images: Tensor) -> Tensor:
+            return self.fine(images) if images.sum() < 1e30 else images
+
+    extractor = FeatureExtractor(small_net(Net), ("fine", "coarse"))
+    with pytest.raises(ValueError, match=r"forward calls, got \['coarse'\]"):
+        extractor(random_images(1, 8, 8))
+
+
+def test_features_stay_in_eval_mode() -> None:
+    net = small_net().train()
+    extractor = FeatureExtractor(net, ("middle",))
+    images = random_images(2, 8, 8)
+    before = net.middle[1].running_mean.clone()
+    extractor.train()
+    assert not any(module.training for module in extractor.modules())
+    with torch.no_grad():
+        first, second = extractor(images).features, extractor(images).features
+    assert torch.equal(first, second)
+    assert torch.equal(net.middle[1].running_mean, before)
+
+
+def test_features_share_the_weights_of_a_module() -> None:
+    net = small_net()
+    extractor = FeatureExtractor(net, ("fine",), patch_size=1)
+    with torch.no_grad():
+        net.fine.bias += 1
+        features = extractor(random_images(1, 4, 4)).features
+        expected = net.fine(random_images(1, 4, 4)).float()
+    torch.testing.assert_close(features, expected.flatten(2).transpose(1, 2))
+    assert (extractor.backbone_name, extractor.weights_name, extractor.is_custom) == ("SmallNet", None, True)
+
+
+def test_features_half_precision_keeps_its_dtype() -> None:
+    extractor = FeatureExtractor(small_net().float(), ("fine", "coarse"))
+    images = random_images(1, 8, 8, torch.float32)
+    with torch.inference_mode():
+        exact = extractor(images).features
+        rounded = extractor.bfloat16()(images).features
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.05)
+
+
+@pytest.fixture
+def odd_defaults() -> Iterator[None]:
+    """Defaults under which any tensor made without a device and dtype would show."""
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("odd_defaults")
+@pytest.mark.parametrize("aggregation", ["concat", "paper"])
+def test_features_ignore_default_device_and_dtype(aggregation: str) -> None:
+    with torch.inference_mode():
+        extractor = FeatureExtractor("resnet18", ("layer1", "layer2"), weights=None, aggregation=aggregation)
+        features, _ = extractor(torch.zeros(1, 3, 32, 32, dtype=torch.float32, device="cpu"))
+    assert {(weight.dtype, weight.device.type) for weight in extractor.parameters()} == {(torch.float32, "cpu")}
+    assert features.device.type == "cpu"
+    assert features.dtype == torch.float32
+    assert torch.get_default_dtype() == torch.float64
+    extractor.load_backbone_state(extractor.backbone_state())  # weights made under inference_mode can still be written
+    assert extractor.digest().startswith("sha256:")
+
+
+# --- weights --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def resnet18_state() -> dict[str, Tensor]:
+    torch.manual_seed(11)
+    return torchvision.models.resnet18(weights=None).state_dict()
+
+
+def resnet18(weights: object, layers: tuple[str, ...] = ("layer1", "layer2")) -> FeatureExtractor:
+    return FeatureExtractor("resnet18", layers, weights=weights)
+
+
+def test_weights_file_loads_every_common_form(tmp_path: Path, resnet18_state: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    forms = {
+        "plain.pth": resnet18_state,
+        "module.pt": {f"module.{name}": tensor for name, tensor in resnet18_state.items()},
+        "nested.ckpt": {"state_dict": {f"model.{name}": tensor for name, tensor in resnet18_state.items()}, "epoch": 3},
+        "pruned.pth": {name: tensor for name, tensor in resnet18_state.items() if not name.startswith(("layer3", "layer4", "fc"))},
+        "counterless.pth": {name: tensor for name, tensor in resnet18_state.items() if not name.endswith("num_batches_tracked")},
+        "other_head.pth": resnet18_state | {"fc.weight": torch.zeros(2, 512), "fc.bias": torch.zeros(2)},
+    }
+    for name, state in forms.items():
+        torch.save(state, tmp_path / name)
+    save_file(resnet18_state, tmp_path / "plain.safetensors")
+    digests = {name: resnet18(tmp_path / name).digest() for name in [*forms, "plain.safetensors"]}
+    assert len(set(digests.values())) == 1, digests
+    extractor = resnet18(str(tmp_path / "plain.pth"))
+    assert extractor.weights_name == str(tmp_path / "plain.pth")
+    assert torch.equal(extractor.backbone_state()["layer2.0.conv1.weight"], resnet18_state["layer2.0.conv1.weight"])
+
+
+def test_weights_file_of_a_densenet_may_have_the_old_names(tmp_path: Path) -> None:
+    state = torchvision.models.densenet121(weights=None).state_dict()
+    old = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    for part in ("norm1", "norm2", "conv1", "conv2"):
+        old = {name.replace(f".{part}.", f".{part[:-1]}.{part[-1]}.") if "denselayer" in name else name: old[name] for name in old}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    torch.save(old, tmp_path / "densenet.pth")
+    extractor = FeatureExtractor("densenet121", ("features.denseblock1",), weights=tmp_path / "densenet.pth")
+    name = "features.denseblock1.denselayer2.conv1.weight"
+    assert torch.equal(extractor.backbone_state()[name], state[name])
+
+
+def test_weights_file_leaves_the_random_state_alone(tmp_path: Path, resnet18_state: dict[str, Tensor]) -> None:
+    torch.save(resnet18_state, tmp_path / "plain.pth")
+    before = torch.get_rng_state()
+    resnet18(tmp_path / "plain.pth")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weights_file_that_lacks_used_weights_is_refused(tmp_path: Path, resnet18_state: dict[str, Tensor]) -> None:
+    torch.save({name: tensor for name, tensor in resnet18_state.items() if not name.startswith("layer2")}, tmp_path / "short.pth")
+    with pytest.raises(ValueError, match=r"got none for layer2\.0\.conv1\.weight, .*in all"):
+        resnet18(tmp_path / "short.pth")
+    resnet18(tmp_path / "short.pth", layers=("layer1",))
+
+
+def test_weights_file_of_other_shapes_is_refused(tmp_path: Path, resnet18_state: dict[str, Tensor]) -> None:
+    torch.save(resnet18_state | {"conv1.weight": torch.zeros(64, 1, 7, 7)}, tmp_path / "grey.pth")
+    with pytest.raises(ValueError, match=r"conv1\.weight of shape \[64, 3, 7, 7\], got \[64, 1, 7, 7\]"):
+        resnet18(tmp_path / "grey.pth")
+
+
+class Bomb:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_weights_file_is_never_unpickled(tmp_path: Path) -> None:
+    torch.save({"conv1.weight": torch.zeros(1), "bomb": Bomb(tmp_path / "fired")}, tmp_path / "bomb.pth")
+    (tmp_path / "raw.pth").write_bytes(pickle.dumps(Bomb(tmp_path / "fired"), protocol=2))
+    for name in ("bomb.pth", "raw.pth"):
+        with pytest.raises(ValueError, match=r"state dict that torch\.load\(weights_only=True\)"):
+            resnet18(tmp_path / name)
+    assert not (tmp_path / "fired").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a state dict", b"PK\x03\x04 broken"])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_weights_file_that_is_broken_is_named(tmp_path: Path, content: bytes, suffix: str) -> None:
+    path = tmp_path / f"broken.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"state dict.*broken\.{suffix}.*torch\.save"):
+        resnet18(path)
+
+
+def test_weights_file_without_tensors_is_refused(tmp_path: Path) -> None:
+    torch.save({"epoch": 3}, tmp_path / "numbers.pth")
+    with pytest.raises(ValueError, match=r"names to tensors.*numbers\.pth"):
+        resnet18(tmp_path / "numbers.pth")
+
+
+def test_weights_name_unknown_lists_names() -> None:
+    with pytest.raises(ValueError, match=r"got 'IMAGENET21K'.*IMAGENET1K_V1.*DEFAULT"):
+        resnet18("IMAGENET21K")
+    with pytest.raises(ValueError, match=r"got 'missing\.pth', and there is no such file"):
+        resnet18("missing.pth")
+    with pytest.raises(TypeError, match="weights to be a name, a path or None, got int"):
+        resnet18(3)
+
+
+def test_weights_by_name_are_resolved_and_read_safely(monkeypatch: pytest.MonkeyPatch, resnet18_state: dict[str, Tensor]) -> None:
+    asked: list[dict[str, object]] = []
+
+    def get_state_dict(self: object, **options: object) -> dict[str, Tensor]:
+        asked.append(options)
+        return resnet18_state
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", get_state_dict)
+    for name in ("DEFAULT", "IMAGENET1K_V1", "ResNet18_Weights.IMAGENET1K_V1"):
+        extractor = resnet18(name)
+        assert extractor.weights_name == "IMAGENET1K_V1"
+        assert torch.equal(extractor.backbone_state()["conv1.weight"], resnet18_state["conv1.weight"])
+    assert len(asked) == 3
+    assert all(options["weights_only"] is True and options["check_hash"] is True for options in asked)
+
+
+def test_weights_that_cannot_be_downloaded_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get_state_dict(self: object, **options: object) -> dict[str, Tensor]:
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", get_state_dict)
+    with pytest.raises(OSError, match=r"could not be downloaded from https://.*no route to host.*pass its path as weights"):
+        resnet18("DEFAULT")
+
+
+def test_weights_none_warns_and_follows_the_seed(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(1)
+    first = resnet18(None)
+    torch.manual_seed(1)
+    second = resnet18(None)
+    assert "resnet18 has random weights" in caplog.text
+    assert first.weights_name is None
+    assert first.digest() == second.digest() != resnet18(None).digest()
+
+
+@pytest.mark.skipif(not RESNET18_STATE, reason="real ResNet18 weights not tested: PATCHCORE_EXT_RESNET18 names no state dict")
+def test_weights_of_a_real_pruned_resnet18_load() -> None:
+    extractor = FeatureExtractor("resnet18", ("layer2", "layer3"), weights=RESNET18_STATE)
+    network = torchvision.models.resnet18(weights=None).eval()
+    network.load_state_dict(torch.load(RESNET18_STATE, weights_only=True), strict=False)
+    images = random_images(2, 224, 224, torch.float32)
+    with torch.inference_mode():
+        features, grid = extractor(images)
+        stem = network.maxpool(network.relu(network.bn1(network.conv1(images))))
+        fine = network.layer2(network.layer1(stem))  # [B, 128, 28, 28]
+        coarse = F.avg_pool2d(network.layer3(fine), 3, 1, 1)  # [B, 256, 14, 14]
+        merged = torch.cat([F.avg_pool2d(fine, 3, 1, 1), F.interpolate(coarse, size=(28, 28), mode="bilinear")], dim=1)
+    assert grid == (28, 28)
+    torch.testing.assert_close(features, merged.flatten(2).transpose(1, 2), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"got none for layer4"):
+        FeatureExtractor("resnet18", ("layer4",), weights=RESNET18_STATE)
+
+
+# --- digest ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_digest_covers_the_used_weights_only() -> None:
+    network = torchvision.models.resnet18(weights=None)
+    extractor = FeatureExtractor(network, ("layer1", "layer2"))
+    digest = extractor.digest()
+    assert digest.startswith("sha256:")
+    assert len(digest) == len("sha256:") + 64
+    with torch.no_grad():
+        network.layer3[0].conv1.weight.zero_()
+        network.fc.bias += 1
+        network.bn1.num_batches_tracked += 1
+        assert extractor.digest() == digest
+        network.layer2[1].bn2.running_var[3] += 1e-3
+        changed = extractor.digest()
+        assert changed != digest
+        network.conv1.weight[0, 0, 0, 0] += 1e-3
+    assert extractor.digest() not in (digest, changed)
+
+
+def test_digest_depends_on_layers_shapes_and_dtypes() -> None:
+    net = small_net()
+    digests = {FeatureExtractor(net, layers).digest() for layers in (("fine",), ("middle",), ("coarse",))}
+    with torch.no_grad():
+        net.fine.weight.data = net.fine.weight.view(4, 3, 9, 1)
+        digests.add(FeatureExtractor(net, ("fine",)).digest())
+        for tensor in (*net.parameters(), *net.buffers()):
+            tensor.zero_()  # the same bytes in either dtype
+        digests.update(FeatureExtractor(net.to(dtype), ("fine",)).digest() for dtype in (torch.float16, torch.bfloat16))
+    assert len(digests) == 6
+
+
+def test_digest_of_a_hooked_network_covers_all_of_it() -> None:
+    net = small_net(BranchingNet)
+    extractor = FeatureExtractor(net, ("fine",))
+    digest = extractor.digest()
+    assert FeatureExtractor(small_net(BranchingNet), ("fine",)).digest() == digest
+    with torch.no_grad():
+        net.coarse.bias += 1
+    assert extractor.digest() != digest
+
+
+def test_backbone_state_carries_over() -> None:
+    torch.manual_seed(2)
+    first = resnet18(None)
+    second = resnet18(None)
+    second.load_backbone_state(first.backbone_state())
+    assert second.digest() == first.digest()
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_layer_unknown_lists_layers() -> None:
+    with pytest.raises(ValueError, match=r"got 'layer9'.*Did you mean 'layer\d'.*There are: conv1, bn1, .*layer1, layer2, layer3, layer4\."):
+        resnet18(None, ("layer2", "layer9"))
+    with pytest.raises(ValueError, match=r"There are: .*features\.denseblock1, features\.transition1"):
+        FeatureExtractor("densenet121", ("layer2",), weights=None)
+    with pytest.raises(ValueError, match=r"modules of SmallNet.*There are: fine, middle, middle\.0, middle\.1, coarse"):
+        FeatureExtractor(small_net(), ("layer2",))
+
+
+def test_layer_without_a_map_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"layer 'fc' of SmallNet to give a map \[B, C, h, w\], got \[1, 2\]"):
+        FeatureExtractor(small_net(), ("fc",))(random_images(1, 8, 8))
+
+    class Pair(nn.Module):
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            return images, images
+
+    with pytest.raises(ValueError, match=r"to give a map.*got tuple"):
+        FeatureExtractor(nn.Sequential(Pair()), ("0",))(random_images(1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"backbone": "resnet19"}, ValueError, r"got 'resnet19'. Close names: .*resnet18"),
+        ({"backbone": "fcn_resnet50"}, ValueError, "torchvision classification network"),
+        ({"backbone": 18}, TypeError, r"backbone to be a name or a torch\.nn\.Module, got int"),
+        ({"backbone": nn.Conv2d(3, 3, 1), "weights": "IMAGENET1K_V1"}, ValueError, "weights to be left alone"),
+        ({"layers": "layer2"}, TypeError, "layers to be a sequence of module names, got 'layer2'"),
+        ({"layers": ()}, ValueError, "one or more different"),
+        ({"layers": ("layer2", "layer2")}, ValueError, "one or more different"),
+        ({"aggregation": "mean"}, ValueError, "aggregation to be one of .*'concat', 'paper'.*got 'mean'"),
+        ({"patch_size": 4}, ValueError, "patch_size to be odd, got 4. Use 3 or 5"),
+        ({"patch_size": 0}, ValueError, "patch_size to be at least 1"),
+        ({"patch_size": 3.0}, TypeError, "patch_size to be an int"),
+        ({"stride": 0}, ValueError, "stride to be at least 1"),
+        ({"stride": True}, TypeError, "stride to be an int"),
+        ({"feature_dim": 0}, ValueError, "feature_dim to be at least 1"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        FeatureExtractor(**{"backbone": "resnet18", "weights": "DEFAULT" if "backbone" in options else None, **options})
+
+
+def test_images_that_cannot_be_are_refused() -> None:
+    extractor = resnet18(None, ("layer1",))
+    for images in (torch.zeros(3, 32, 32), torch.zeros(1, 1, 32, 32), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"images to be a float tensor \[B, 3, H, W\], got torch\..* \[.*32, 32\]"):
+            extractor(images)
