@@ -1,0 +1,200 @@
+"""The result folder of ``patchcore-ext predict``: a table (CSV and JSON), heat maps, raw anomaly maps and the report page."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import heapq
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import PIL.Image
+import PIL.PngImagePlugin
+import torch
+from torch import Tensor
+
+from .images import load_image
+from .memory_bank import atomic_write
+from .patchcore import Prediction
+from .report import ReportEntry, heat_map_image, write_report
+
+MAP_FORMATS = ("npy", "tiff", "png")
+_REPORT_LIMIT = 200  # images on the page; it carries them all inside
+_REPORT_SIDE = 320  # pixels of the longer side, as on the page
+_LARGEST_16_BIT = 65535
+
+
+class ResultFolder:
+    """Writes the results of a run, image by image.
+
+    Layout: ``heat_maps/`` (the image with its anomaly map) and, if asked for, ``maps/`` (raw anomaly maps), both with the folders that the
+    images have below their common one; ``results.csv``, ``results.json`` and ``report.html``. Every file appears whole or not at all.
+
+    Args:
+        folder: made if it does not exist.
+        paths: all images of the run.
+        threshold: the decision threshold.
+        color_scale: the distance in the middle of the colours of all heat maps, which go from 0.5 to 1.5 times of it (good images lie mostly
+            in the lower half, and so do the places around a defect); 0: from 0 to 1.
+        save_maps: "npy" (float32), "tiff" (float32), "png" (16 bit: distance = value / 65535 * map_scale, which results.json and a text
+            entry of the file give) or None.
+
+    Attributes:
+        heat_map_range: (low, high) of the colours, in units of the anomaly map.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], paths: Sequence[str], *, threshold: float, color_scale: float, save_maps: str | None) -> None:
+        self._folder = Path(folder)
+        if self._folder.exists() and not self._folder.is_dir():
+            raise NotADirectoryError(f"Cannot write results into {str(self._folder)!r}: that is a file; give the name of a folder.")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._names = unique_names(paths)
+        self._threshold = threshold
+        self._save_maps = save_maps
+        self.heat_map_range = (0.5 * color_scale, 1.5 * color_scale) if color_scale > 0 else (0.0, 1.0)
+        self._rows: list[dict[str, Any]] = []
+        # The images with the highest scores: (score, -index, entry); the index decides between equal scores.
+        self._highest: list[tuple[float, int, ReportEntry]] = []
+
+    def add(self, prediction: Prediction) -> None:
+        """Writes the heat map and the raw map of one image and keeps the rest for finish."""
+        image = load_image(prediction.path)
+        name = self._names[prediction.path]
+        row: dict[str, Any] = {"path": prediction.path, "score": prediction.score, "is_anomalous": prediction.is_anomalous}
+        row["heat_map"] = f"heat_maps/{name}.png"
+        low, high = self.heat_map_range
+        self._write(row["heat_map"], heat_map_image(image, prediction.anomaly_map, low, high), "PNG")
+        if self._save_maps is not None:
+            row["map"] = f"maps/{name}.{self._save_maps}"
+            if self._save_maps == "png":
+                row["map_scale"] = float(prediction.anomaly_map.max())
+            self._write_map(row["map"], prediction.anomaly_map)
+        entry = (prediction.score, -len(self._rows), _small_entry(prediction, image))
+        if len(self._highest) < _REPORT_LIMIT:
+            heapq.heappush(self._highest, entry)
+        else:
+            heapq.heappushpop(self._highest, entry)
+        self._rows.append(row)
+
+    def finish(self, model: str, summary: Mapping[str, str]) -> Path:
+        """Writes the tables and the page.
+
+        Args:
+            model: name of the model, for the title and results.json.
+            summary: lines for the top of the page.
+
+        Returns:
+            The path of the page.
+        """
+        low, high = self.heat_map_range
+        num_anomalous = sum(row["is_anomalous"] for row in self._rows)
+        result = {
+            "model": model,
+            "threshold": self._threshold,
+            "num_images": len(self._rows),
+            "num_anomalous": num_anomalous,
+            "heat_map_range": [low, high],
+            "predictions": self._rows,
+        }
+        with atomic_write(self._folder / "results.json") as temporary:
+            temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="ascii")
+        # A path that is not UTF-8 keeps its bytes.
+        with (
+            atomic_write(self._folder / "results.csv") as temporary,
+            open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+        ):
+            _write_table(file, self._rows, self._threshold)
+        entries = [entry for _, _, entry in sorted(self._highest, key=lambda item: item[:2], reverse=True)]
+        page_summary = {"Images": str(len(self._rows)), "Called anomalous": str(num_anomalous), **summary}
+        if len(entries) < len(self._rows):
+            page_summary["On this page"] = f"the {len(entries)} images with the highest scores; results.csv has all"
+        page = self._folder / "report.html"
+        write_report(
+            page,
+            entries,
+            title=f"{os.path.basename(model)}: anomalies",
+            summary=page_summary,
+            threshold=self._threshold,
+            color_range=self.heat_map_range,
+        )
+        return page
+
+    def _write_map(self, relative: str, anomaly_map: Tensor) -> None:
+        values = anomaly_map.numpy()  # [H, W]
+        if self._save_maps == "npy":
+            with self._open(relative) as temporary, open(temporary, "wb") as file:
+                np.save(file, values, allow_pickle=False)
+        elif self._save_maps == "tiff":
+            self._write(relative, PIL.Image.fromarray(values), "TIFF")
+        else:
+            scale = float(anomaly_map.max())
+            steps = np.rint(values / scale * _LARGEST_16_BIT) if scale > 0 else np.zeros_like(values)
+            text = PIL.PngImagePlugin.PngInfo()
+            text.add_text("map_scale", repr(scale))
+            self._write(relative, PIL.Image.fromarray(steps.astype(np.uint16)), "PNG", pnginfo=text)
+
+    def _write(self, relative: str, image: PIL.Image.Image, image_format: str, **options: Any) -> None:
+        with self._open(relative) as temporary:
+            image.save(temporary, format=image_format, **options)
+
+    def _open(self, relative: str) -> contextlib.AbstractContextManager[Path]:
+        target = self._folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return atomic_write(target, sync=False)
+
+
+def unique_names(paths: Sequence[str]) -> dict[str, str]:
+    """A name without suffix for the output files of each image: its path below the folder that all images share.
+
+    Images that would get the same name (``a.png`` beside ``a.jpg``, or names that differ in case only) get their suffix or a number added.
+
+    Args:
+        paths: paths of images.
+
+    Returns:
+        Path to name, with "/" between folders.
+    """
+    unique = list(dict.fromkeys(paths))
+    if not unique:
+        return {}
+    shared = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in unique])
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for path in unique:
+        stem, suffix = os.path.splitext(os.path.relpath(os.path.abspath(path), shared).replace(os.sep, "/"))
+        name, number = stem, 1
+        while name.casefold() in taken:
+            name = f"{stem}_{suffix.lstrip('.')}" if number == 1 else f"{stem}_{suffix.lstrip('.')}_{number}"
+            number += 1
+        taken.add(name.casefold())
+        names[path] = name
+    return names
+
+
+def _write_table(file: IO[str], rows: Sequence[Mapping[str, Any]], threshold: float) -> None:
+    writer = csv.writer(file)
+    writer.writerow(["path", "score", "threshold", "verdict", "heat_map", "map"])
+    for row in rows:
+        verdict = "anomalous" if row["is_anomalous"] else "good"
+        writer.writerow([row["path"], repr(row["score"]), repr(threshold), verdict, row["heat_map"], row.get("map", "")])
+
+
+def _small_entry(prediction: Prediction, image: PIL.Image.Image) -> ReportEntry:
+    """What the page shows of an image: both image and map at a size for a screen, so that a long run fits into memory."""
+    factor = min(1.0, _REPORT_SIDE / max(image.size))
+    width, height = (max(1, round(side * factor)) for side in image.size)
+    anomaly_map = prediction.anomaly_map[None, None]  # [1, 1, H, W]
+    return ReportEntry(
+        path=prediction.path,
+        score=prediction.score,
+        is_anomalous=prediction.is_anomalous,
+        image=image.resize((width, height), PIL.Image.Resampling.BILINEAR),
+        heat_map=torch.nn.functional.interpolate(anomaly_map, size=(height, width), mode="area")[0, 0],  # [height, width]
+    )

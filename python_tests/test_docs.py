@@ -1,0 +1,34 @@
+"""The documents: links lead somewhere, and the Python in them runs."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import patchcore_ext
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])
+MODULES = sorted(path.stem for path in Path(patchcore_ext.__file__).parent.glob("*.py") if path.stem not in {"__main__", "__init__"})
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_relative_links_lead_to_files(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://", "mailto:")):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_named_in_code_style_exist(document: Path) -> None:
+    for name in re.findall(r"`((?:csrc|patchcore_ext|python_tests|docs|examples)/[\w./*]+)`", document.read_text(encoding="utf-8")):
+        assert any(ROOT.glob(name.rstrip("/"))), f"{document.name} names {name}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(f"patchcore_ext.{name}")).failed == 0
