@@ -20,7 +20,7 @@ from torch import Tensor
 from .images import load_image
 from .memory_bank import atomic_write
 from .patchcore import Prediction
-from .report import ReportEntry, heat_map_image, write_report
+from .report import ReportEntry, default_color_range, heat_map_image, write_report
 
 MAP_FORMATS = ("npy", "tiff", "png")
 _REPORT_LIMIT = 200  # images on the page; it carries them all inside
@@ -58,7 +58,7 @@ class ResultFolder:
         self._names = unique_names(paths)
         self._threshold = threshold
         self._save_maps = save_maps
-        self.heat_map_range = (0.5 * color_scale, 1.5 * color_scale) if color_scale > 0 else (0.0, 1.0)
+        self.heat_map_range = default_color_range(color_scale)
         self._rows: list[dict[str, Any]] = []
         # The images with the highest scores: (score, -index, entry); the index decides between equal scores.
         self._highest: list[tuple[float, int, ReportEntry]] = []

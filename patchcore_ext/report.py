@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .memory_bank import atomic_write
 
-__all__ = ["ReportEntry", "heat_map_image", "write_report"]
+__all__ = ["ReportEntry", "default_color_range", "heat_map_image", "write_report"]
 
 # "Inferno", perceptually uniform and readable without colour vision (S. van der Walt and N. Smith, matplotlib 1.5, CC0), at 16 equally spaced
 # places. In between, straight lines: at most 6 of 255 steps away from the full table.
@@ -93,6 +93,11 @@ def heat_map_image(image: PIL.Image.Image, anomaly_map: Tensor, low: float, high
     return PIL.Image.fromarray(np.rint(blended).astype(np.uint8))
 
 
+def default_color_range(threshold: float) -> tuple[float, float]:
+    """Distances of the darkest and the brightest colour: half the threshold and one and a half times it, since good images lie mostly just below it."""
+    return (0.5 * threshold, 1.5 * threshold) if threshold > 0 else (0.0, 1.0)
+
+
 def write_report(
     path: str | os.PathLike[str],
     entries: Sequence[ReportEntry],
@@ -113,8 +118,7 @@ def write_report(
         title: of the page.
         summary: lines of the table, name to value.
         threshold: scores above it are anomalous.
-        color_range: distances of the darkest and the brightest colour; None: from 0 to twice the threshold, as the heat maps of
-            ``patchcore-ext predict``.
+        color_range: distances of the darkest and the brightest colour; None: ``default_color_range(threshold)``.
 
     Raises:
         ValueError: a score, the threshold or a heat map is not finite, or a heat map is of another size than its image.
@@ -123,7 +127,7 @@ def write_report(
     for name, value in [("threshold", threshold), *((f"the score of {entry.path!r}", entry.score) for entry in entries)]:
         if not math.isfinite(value):
             raise ValueError(f"write_report: expected {name} to be a finite number, got {value}.")
-    low, high = color_range or (0.0, 2 * threshold if threshold > 0 else 1.0)
+    low, high = color_range or default_color_range(threshold)
     cards = [_card(entry, low, high) for entry in sorted(entries, key=lambda entry: -entry.score)]
     rows = [f'<tr><th scope="row">{_text(name)}</th><td>{_text(value)}</td></tr>' for name, value in summary.items()]
     page = _PAGE.format(

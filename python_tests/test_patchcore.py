@@ -27,7 +27,8 @@ def fitted() -> PatchCore:
 # Fit and predict
 
 
-def test_defects_score_higher_and_where_they_are(fitted: PatchCore) -> None:
+def test_defects_score_higher_and_where_they_are() -> None:
+    fitted = make_model(seed=1).fit(images_of(30), progress=False)
     good = list(fitted.predict(images_of(20, seed=9)))
     bad = list(fitted.predict(images_of(20, seed=9, defect=True)))
     assert min(prediction.score for prediction in bad) > max(prediction.score for prediction in good)

@@ -125,7 +125,7 @@ def test_all_heat_maps_share_one_scale(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("threshold", "color_range", "marks"),
     [
-        (1.0, None, ["0", "threshold 1", "2 and above"]),
+        (1.0, None, ["0.5", "threshold 1", "1.5 and above"]),
         (1.0, (0.5, 1.75), ["0.5", "threshold 1", "1.75 and above"]),
         (1.0, (0.9, 9.0), ["0.9", "9 and above"]),
         (5.0, (0.0, 1.0), ["0", "1 and above"]),
@@ -135,7 +135,7 @@ def test_all_heat_maps_share_one_scale(tmp_path: Path) -> None:
 def test_legend_tells_the_scale(tmp_path: Path, threshold: float, color_range: tuple[float, float] | None, marks: list[str]) -> None:
     text = page_of(tmp_path, [entry_of(0.5)], threshold=threshold, color_range=color_range)
     assert re.findall(r"<span style=[^>]*>([^<]*)<", text) == marks
-    low, high = color_range or (0.0, 2 * threshold if threshold > 0 else 1.0)
+    low, high = color_range or ((0.5, 1.5) if threshold > 0 else (0.0, 1.0))
     heat_map = np.asarray(Page(text).images()[1], dtype=int)
     assert np.abs(heat_map - np.asarray(heat_map_image(entry_of(0.5).image, entry_of(0.5).heat_map, low, high), dtype=int)).max() <= 4
 
