@@ -24,12 +24,24 @@ def _update_min_distances(features: Tensor, centers: Tensor, min_distances: Tens
     return None
 
 
+def _codes_bytes(rows: int, words: int) -> int:
+    """codes_bytes of csrc/core/cpu/codes.h: codes, norms and residuals, each padded to 64 bytes; opcheck compares it with the kernel's."""
+    return sum((count + 63) // 64 * 64 for count in (rows * 4 * words, rows * 4, rows * 4))
+
+
 def _coreset_codes(features: Tensor, center: Tensor, prefix: Tensor) -> Tensor:
-    return features.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.uint8)
+    rows, dim = features.shape
+    outputs = prefix.shape[1]
+    size = 64 + _codes_bytes(rows, (dim + 3) // 4) + (_codes_bytes(rows, (outputs + 4) // 4) if outputs > 0 else 0)
+    return features.new_empty((size,), dtype=torch.uint8)
 
 
 def _greedy_coreset(features: Tensor, min_distances: Tensor, count: int, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return features.new_empty((count,), dtype=torch.int64), features.new_empty((count,), dtype=torch.float64)
+
+
+def _add_picks(features: Tensor, picks: Tensor, min_distances: Tensor, codes: Tensor) -> None:
+    return None
 
 
 def _nearest_neighbors(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -48,6 +60,7 @@ _FAKES = (
     _update_min_distances,
     _coreset_codes,
     _greedy_coreset,
+    _add_picks,
     _nearest_neighbors,
     _image_scores,
 )

@@ -17,6 +17,7 @@ from . import _checks, _fake, _rotation  # noqa: F401  (_fake registers the fake
 from ._checks import ArrayLike
 
 __all__ = [
+    "add_picks",
     "coreset_codes",
     "first_nonfinite_row",
     "greedy_coreset",
@@ -157,6 +158,41 @@ def coreset_codes(features: ArrayLike) -> Tensor:
     with _checks.native_errors():
         codes: Tensor = _ops.coreset_codes(rows, *_rotation.center_and_prefix(rows))
     return codes
+
+
+def add_picks(features: ArrayLike, picks: Tensor, min_distances: Tensor, codes: Tensor | None = None) -> Tensor:
+    """Makes rows centres as if :func:`greedy_coreset` had picked them: lowers the squared distances of all rows by them, and marks them.
+
+    Args:
+        features: ``[N, D]`` float32, float16 or bfloat16.
+        picks: int64 ``[count]``, rows of ``features``.
+        min_distances: ``[N]`` float64, as for :func:`greedy_coreset`. Updated in place.
+        codes: What :func:`coreset_codes` gives for these features: pairs are filtered. None: every pair is evaluated. The result is the same.
+
+    Returns:
+        ``min_distances``, the same tensor.
+
+    Raises:
+        ValueError: Shapes do not fit, a pick is not a row, or a row is not finite (names the first).
+
+    Equivalent to:
+        ``update_min_distances(features, features[picks], min_distances); min_distances[picks] = -1``
+    """
+    op = "add_picks"
+    rows = _checks.features(op, "features", features).detach()
+    _check_min_distances(op, min_distances, rows.shape[0])
+    if not isinstance(picks, Tensor) or picks.dtype != torch.int64 or picks.ndim != 1:
+        raise ValueError(f"{op}: expected picks to be int64 [count], got {_checks.describe(picks)}.")
+    outside = picks[(picks < 0) | (picks >= rows.shape[0])]
+    if outside.numel():
+        raise ValueError(f"{op}: expected picks to lie in [0, {rows.shape[0]}), the rows of features, got {int(outside[0])}.")
+    if codes is None:
+        update_min_distances(rows, rows[picks], min_distances)
+        min_distances[picks] = -1.0
+        return min_distances
+    with _checks.native_errors():
+        _ops.add_picks(rows, picks.contiguous(), min_distances, codes)
+    return min_distances
 
 
 def greedy_coreset(features: ArrayLike, min_distances: Tensor, count: int, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:

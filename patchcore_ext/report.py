@@ -39,9 +39,9 @@ _COLORS = (
     (242, 230, 97),
     (252, 255, 164),
 )
-_OPACITY = 0.6  # of the colours over the grey image
-_THUMBNAIL_SIDE = 320  # pixels of the longer side on the page
-_JPEG_QUALITY = 85
+_OPACITY = 0.8  # the most that the colours hide of the grey image
+_THUMBNAIL_SIDE = 256  # pixels of the longer side on the page
+_JPEG_QUALITY = 80
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +66,13 @@ class ReportEntry:
 
 
 def heat_map_image(image: PIL.Image.Image, anomaly_map: Tensor, low: float, high: float) -> PIL.Image.Image:
-    """The image in grey under the colours of its anomaly map: black for ``low`` over red to light yellow for ``high``.
+    """The image in grey under the colours of its anomaly map: from clear at ``low`` over violet and red to light yellow at ``high``.
 
     Args:
         image: any mode; "F" and "I" (16-bit greyscale) are stretched from their own darkest to their brightest pixel.
         anomaly_map: [H, W] of the image's size, any floating dtype.
-        low: distance of the darkest colour; what is below looks the same.
-        high: distance of the brightest colour; what is above looks the same.
+        low: distance of the first colour, which is clear; what is below looks the same.
+        high: distance of the last colour; what is above looks the same.
 
     Returns:
         An RGB image of the same size.
@@ -89,13 +89,22 @@ def heat_map_image(image: PIL.Image.Image, anomaly_map: Tensor, low: float, high
     if not np.isfinite(distances).all():
         raise ValueError("heat_map_image: expected anomaly_map to be finite, got NaN or infinity in it.")
     grey = np.asarray(_grey(image), dtype=np.float64)[..., None]  # [H, W, 1]
-    blended = (1 - _OPACITY) * grey + _OPACITY * _colors((distances - low) / (high - low))  # [H, W, 3]
+    places = np.clip((distances - low) / (high - low), 0, 1)  # [H, W]
+    opacity = _opacity(places)[..., None]  # [H, W, 1]
+    blended = (1 - opacity) * grey + opacity * _colors(places)  # [H, W, 3]
     return PIL.Image.fromarray(np.rint(blended).astype(np.uint8))
 
 
 def default_color_range(threshold: float) -> tuple[float, float]:
-    """Distances of the darkest and the brightest colour: half the threshold and one and a half times it, since good images lie mostly just below it."""
-    return (0.5 * threshold, 1.5 * threshold) if threshold > 0 else (0.0, 1.0)
+    """The distances between which heat maps are coloured: half the threshold, below which most of a good image lies, and 1.5 times of it.
+
+    Args:
+        threshold: of the image scores, which are distances too.
+
+    Returns:
+        (low, high); (0, 1) for a threshold that is no positive number.
+    """
+    return (0.5 * threshold, 1.5 * threshold) if 0 < threshold < math.inf else (0.0, 1.0)
 
 
 def write_report(
@@ -118,7 +127,7 @@ def write_report(
         title: of the page.
         summary: lines of the table, name to value.
         threshold: scores above it are anomalous.
-        color_range: distances of the darkest and the brightest colour; None: ``default_color_range(threshold)``.
+        color_range: distances of the first and the last colour; None: :func:`default_color_range` of the threshold.
 
     Raises:
         ValueError: a score, the threshold or a heat map is not finite, or a heat map is of another size than its image.
@@ -127,7 +136,7 @@ def write_report(
     for name, value in [("threshold", threshold), *((f"the score of {entry.path!r}", entry.score) for entry in entries)]:
         if not math.isfinite(value):
             raise ValueError(f"write_report: expected {name} to be a finite number, got {value}.")
-    low, high = color_range or default_color_range(threshold)
+    low, high = default_color_range(threshold) if color_range is None else color_range
     cards = [_card(entry, low, high) for entry in sorted(entries, key=lambda entry: -entry.score)]
     rows = [f'<tr><th scope="row">{_text(name)}</th><td>{_text(value)}</td></tr>' for name, value in summary.items()]
     page = _PAGE.format(
@@ -147,9 +156,14 @@ def _grey(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _colors(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Colours [..., 3] in 0..255 of numbers in 0..1; numbers outside get the colour of the nearer end."""
+    """Colours [..., 3] in 0..255 of numbers in 0..1."""
     places = np.linspace(0, 1, len(_COLORS))
     return np.stack([np.interp(values, places, channel) for channel in zip(*_COLORS, strict=True)], axis=-1)
+
+
+def _opacity(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """How much the colours of numbers in 0..1 hide, in 0..1: what is ordinary stays clear."""
+    return _OPACITY * np.minimum(2 * values, 1)
 
 
 def _text(value: str) -> str:
@@ -186,13 +200,14 @@ def _card(entry: ReportEntry, low: float, high: float) -> str:
 
 
 def _legend(low: float, high: float, threshold: float) -> str:
-    gradient = ", ".join(f"rgb{color}" for color in _COLORS)
+    places = np.linspace(0, 1, len(_COLORS))
+    gradient = ", ".join(f"rgb({red} {green} {blue} / {opacity:.2f})" for (red, green, blue), opacity in zip(_COLORS, _opacity(places), strict=True))
     place = 100 * (threshold - low) / (high - low)
     marks = [(0.0, f"{low:.4g}"), (100.0, f"{high:.4g} and above")]
     if 15 <= place <= 75:  # elsewhere it would lie over one of the others
         marks.insert(1, (place, f"threshold {threshold:.4g}"))
     spans = "".join(f'<span style="left:{position:.1f}%">{text}</span>' for position, text in marks)
-    return f'<div class="bar" style="background:linear-gradient(to right, {gradient})"></div><div class="marks">{spans}</div>'
+    return f'<div class="bar" style="background:linear-gradient(to right, {gradient}), #aaa"></div><div class="marks">{spans}</div>'
 
 
 # System colours follow the reader's light or dark setting.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from conftest import DTYPES, FEATURE_KINDS, make_features
 from numpy_oracle import greedy
 from sklearn.random_projection import johnson_lindenstrauss_min_dim
 
-from patchcore_ext import CoresetSampler, CoresetSelection, _random, ops, reference
+from patchcore_ext import CoresetSampler, CoresetSelection, PatchCore, _random, ops, reference
+from patchcore_ext.data import load_batches
 
 
 def assert_same(found: CoresetSelection, expected: CoresetSelection) -> None:
@@ -120,6 +122,96 @@ def test_ratio_one_keeps_rows_in_order() -> None:
     features[4, 1] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinity in row 4 "):
         CoresetSampler(ratio=1).select(features)
+
+
+@pytest.mark.parametrize("rows", [60, 3000])  # without and with the int8 copy
+def test_initial_indices_go_on_where_a_selection_ended(rows: int) -> None:
+    features = make_features("random", rows, 120)
+    whole = CoresetSampler(num_samples=50, projection_dim=100).select(features)
+    for kept in (1, 30, 50):
+        initial = whole.indices[:kept]
+        for same in (initial, initial.tolist(), initial.numpy()):
+            extended = CoresetSampler(num_samples=50, projection_dim=100, seed=0).select(features, initial_indices=same)
+            assert torch.equal(extended.indices, whole.indices)
+            assert torch.equal(extended.distances[kept:], whole.distances[kept:])
+            assert extended.distances[:kept].isnan().all()
+            assert extended.radius == whole.radius
+
+
+def test_wrong_initial_indices_are_named() -> None:
+    features = make_features("random", 20, 5)
+    sampler = CoresetSampler(num_samples=3)
+    for wrong in ([0, 20], [-1], [4, 4]):
+        with pytest.raises(ValueError, match="expected initial_indices to be different rows of features"):
+            sampler.select(features, initial_indices=wrong)
+    with pytest.raises(ValueError, match=r"expected initial_indices to be at most the rows to keep \(3\), got 4"):
+        sampler.select(features, initial_indices=[0, 1, 2, 3])
+    for wrong in ([], [[1]], [0.5]):
+        with pytest.raises(ValueError, match="expected initial_indices to be a list of at least one row"):
+            sampler.select(features, initial_indices=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rows", [80, 3000])
+def test_radius_stops_at_the_first_cover(rows: int) -> None:
+    features = make_features("random", rows, 6)
+    whole = CoresetSampler(num_samples=70, projection_dim=None).select(features)
+    for count in (1, 7, 60):
+        limit = float(whole.distances[count])  # the covering radius of the first `count` rows
+        stopped = CoresetSampler(radius=limit, projection_dim=None).select(features)
+        assert torch.equal(stopped.indices, whole.indices[:count])
+        assert stopped.radius == limit
+        smaller = CoresetSampler(radius=math.nextafter(limit, 0), projection_dim=None).select(features)
+        assert len(smaller.indices) > count
+        assert smaller.radius < limit
+    assert len(CoresetSampler(radius=0.0, num_samples=9, projection_dim=None).select(features).indices) == 9
+    assert sorted(CoresetSampler(radius=0.0).select(features).indices.tolist()) == list(range(rows))
+    with pytest.raises(ValueError, match="expected radius to be a finite distance, not negative, got -1"):
+        CoresetSampler(radius=-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", FEATURE_KINDS)
+@pytest.mark.parametrize("dim", [4, 40, 130])
+def test_codes_change_nothing(kind: str, dim: int, dtype: torch.dtype) -> None:
+    features = make_features(kind, 2500, dim, dtype)
+    codes = ops.coreset_codes(features)
+    states = [torch.full((2500,), float("inf"), dtype=torch.float64) for _ in range(2)]
+    expected = ops.greedy_coreset(features, states[0], 300)
+    found = [ops.greedy_coreset(features, states[1], count, codes) for count in (1, 99, 200)]
+    assert torch.equal(torch.cat([indices for indices, _ in found]), expected[0])
+    assert torch.equal(torch.cat([values for _, values in found]), expected[1])
+    assert torch.equal(states[1], states[0])
+
+
+def test_codes_of_other_features_are_refused() -> None:
+    features = make_features("random", 100, 20)
+    state = torch.full((100,), float("inf"), dtype=torch.float64)
+    for wrong in (ops.coreset_codes(features[:50]), ops.coreset_codes(features[:, :16]), torch.zeros(10, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="expected codes to come from coreset_codes of the same features"):
+            ops.greedy_coreset(features, state, 2, wrong)
+    features[3, 3] = float("nan")
+    with pytest.raises(ValueError, match="coreset_codes: expected features to be finite, got NaN or infinity in row 3"):
+        ops.coreset_codes(features)
+
+
+def test_memory_beside_the_features_is_at_most_three_quarters() -> None:
+    for dim in (4, 16, 64, 128, 384):
+        features = make_features("random", 3000, dim)
+        assert ops.coreset_codes(features).nbytes <= 0.75 * features.nbytes + 512
+
+
+def test_real_features_of_magnetic_tiles(magnetic_tiles: Path, resnet18_weights: Path) -> None:
+    model = PatchCore("resnet18", weights=resnet18_weights, resize=(224, 224), device="cpu")
+    paths = sorted(str(path) for path in (magnetic_tiles / "train" / "good").iterdir())[:8]
+    with torch.inference_mode():
+        rows = torch.cat([model.extractor(batch.images).features.flatten(0, 1) for batch in load_batches(paths, model.transform, 8, 0)])
+    features = ops.random_projection(rows, torch.from_numpy(_random.sparse_projection_matrix(384, 128, 0)))
+    states = [torch.full((len(rows),), float("inf"), dtype=torch.float64) for _ in range(2)]
+    expected = ops.greedy_coreset(features, states[0], 627)
+    found = ops.greedy_coreset(features, states[1], 627, ops.coreset_codes(features))
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert torch.equal(states[0], states[1])
 
 
 def test_distances_are_the_covering_radius_before_each_pick() -> None:

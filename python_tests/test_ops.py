@@ -158,6 +158,13 @@ SAMPLES = {
         torch.full((9,), INFINITY, dtype=torch.float64),
     ),
     "greedy_coreset": lambda: (make_features("random", 9, 5), torch.full((9,), INFINITY, dtype=torch.float64), 4),
+    "coreset_codes": lambda: (make_features("random", 9, 5), torch.zeros(5, dtype=torch.float64), torch.eye(5, 3, dtype=torch.float64) * 0.99),
+    "add_picks": lambda: (
+        make_features("random", 9, 5),
+        torch.tensor([3, 1]),
+        torch.full((9,), INFINITY, dtype=torch.float64),
+        ops.coreset_codes(make_features("random", 9, 5)),
+    ),
     "nearest_neighbors": lambda: (make_features("random", 9, 5), make_features("random", 7, 5), 3),
     "image_scores": lambda: (
         torch.rand(3, 2, dtype=torch.float64),

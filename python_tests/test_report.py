@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 import torch
 
-from patchcore_ext.report import ReportEntry, heat_map_image, write_report
+from patchcore_ext.report import ReportEntry, default_color_range, heat_map_image, write_report
 
 NASTY = "a\"b'<script>alert(1)</script>&amp;\n\u202eé" + "\udcff"
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -114,8 +114,8 @@ def test_label_is_shown_where_there_is_one(tmp_path: Path) -> None:
 
 def test_all_heat_maps_share_one_scale(tmp_path: Path) -> None:
     # The same distance must look the same beside any other image; no map is stretched on its own.
-    together = Page(page_of(tmp_path, [entry_of(9.0, value=0.5), entry_of(8.0, value=1.5), entry_of(7.0, value=0.5)])).images()[1::2]
-    alone = Page(page_of(tmp_path, [entry_of(7.0, value=0.5)])).images()[1]
+    together = Page(page_of(tmp_path, [entry_of(9.0, value=0.8), entry_of(8.0, value=1.4), entry_of(7.0, value=0.8)])).images()[1::2]
+    alone = Page(page_of(tmp_path, [entry_of(7.0, value=0.8)])).images()[1]
     pixels = [np.asarray(image, dtype=int) for image in together]
     assert np.array_equal(pixels[0], pixels[2])
     assert np.array_equal(pixels[0], np.asarray(alone, dtype=int))
@@ -123,7 +123,7 @@ def test_all_heat_maps_share_one_scale(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("threshold", "color_range", "marks"),
+    ("threshold", "colors", "marks"),
     [
         (1.0, None, ["0.5", "threshold 1", "1.5 and above"]),
         (1.0, (0.5, 1.75), ["0.5", "threshold 1", "1.75 and above"]),
@@ -132,17 +132,18 @@ def test_all_heat_maps_share_one_scale(tmp_path: Path) -> None:
         (-1.0, None, ["0", "1 and above"]),
     ],
 )
-def test_legend_tells_the_scale(tmp_path: Path, threshold: float, color_range: tuple[float, float] | None, marks: list[str]) -> None:
-    text = page_of(tmp_path, [entry_of(0.5)], threshold=threshold, color_range=color_range)
+def test_legend_tells_the_scale(tmp_path: Path, threshold: float, colors: tuple[float, float] | None, marks: list[str]) -> None:
+    entry = entry_of(0.5, value=0.97)
+    text = page_of(tmp_path, [entry], threshold=threshold, color_range=colors)
     assert re.findall(r"<span style=[^>]*>([^<]*)<", text) == marks
-    low, high = color_range or ((0.5, 1.5) if threshold > 0 else (0.0, 1.0))
+    low, high = default_color_range(threshold) if colors is None else colors
     heat_map = np.asarray(Page(text).images()[1], dtype=int)
-    assert np.abs(heat_map - np.asarray(heat_map_image(entry_of(0.5).image, entry_of(0.5).heat_map, low, high), dtype=int)).max() <= 4
+    assert np.abs(heat_map - np.asarray(heat_map_image(entry.image, entry.heat_map, low, high), dtype=int)).max() <= 4
 
 
 def test_large_images_become_thumbnails_with_their_shape(tmp_path: Path) -> None:
     entry = ReportEntry("wide.png", 1.0, False, PIL.Image.new("RGB", (1600, 400)), torch.zeros(400, 1600))
-    assert [image.size for image in Page(page_of(tmp_path, [entry])).images()] == [(320, 80)] * 2
+    assert [image.size for image in Page(page_of(tmp_path, [entry])).images()] == [(256, 64)] * 2
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "1", "CMYK", "F", "I", "I;16"])
@@ -180,11 +181,13 @@ def test_heat_map_colours_follow_the_distance() -> None:
     image = PIL.Image.new("L", (256, 2), 100)
     distances = torch.linspace(10, 20, 256).expand(2, 256)
     pixels = np.asarray(heat_map_image(image, distances, 10.0, 20.0), dtype=float)  # [2, 256, 3]
-    grey = 0.4 * 100
-    assert pixels[0, 0].tolist() == pytest.approx([grey + 0.6 * value for value in (0, 0, 4)], abs=0.5)
-    assert pixels[0, 255].tolist() == pytest.approx([grey + 0.6 * value for value in (252, 255, 164)], abs=0.5)
-    luminance = pixels[0] @ np.array([0.2126, 0.7152, 0.0722])
-    assert (np.diff(luminance) > -0.5).all()  # brighter means farther, all the way; half a step for the rounding
+    assert pixels[0, 0].tolist() == [100, 100, 100]
+    assert pixels[0, 255].tolist() == pytest.approx([0.2 * 100 + 0.8 * value for value in (252, 255, 164)], abs=0.5)
+    luminance = pixels[0, 128:] @ np.array([0.2126, 0.7152, 0.0722])
+    assert (np.diff(luminance) > -0.5).all()  # from the middle on brighter means farther; half a step for the rounding
+    redness = pixels[0, :192, 0] - pixels[0, :192, 2]
+    assert (np.diff(redness[64:]) > -1.5).all()
+    assert redness[191] > 150
     outside = np.asarray(heat_map_image(image, torch.tensor([[-5.0], [99.0]]).expand(2, 256), 10.0, 20.0), dtype=float)
     assert outside[0, 0].tolist() == pixels[0, 0].tolist()
     assert outside[1, 0].tolist() == pixels[0, 255].tolist()
@@ -192,8 +195,15 @@ def test_heat_map_colours_follow_the_distance() -> None:
 
 def test_heat_map_keeps_the_image_visible() -> None:
     image = PIL.Image.fromarray(np.array([[0, 255]], dtype=np.uint8))
-    dark, bright = np.asarray(heat_map_image(image, torch.zeros(1, 2), 0.0, 1.0), dtype=int)[0]
-    assert (bright - dark).tolist() == [102, 102, 102]
+    for distance, contrast in ((0.0, 255), (0.25, 153), (0.5, 51), (1.0, 51)):
+        dark, bright = np.asarray(heat_map_image(image, torch.full((1, 2), distance), 0.0, 1.0), dtype=int)[0]
+        assert bright - dark == pytest.approx([contrast] * 3, abs=1)
+
+
+def test_colors_run_around_the_threshold() -> None:
+    assert default_color_range(3.0) == (1.5, 4.5)
+    for useless in (0.0, -1.0, float("inf"), float("nan")):
+        assert default_color_range(useless) == (0.0, 1.0)
 
 
 def test_heat_map_stretches_images_of_many_bits() -> None:

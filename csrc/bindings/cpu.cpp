@@ -1,5 +1,6 @@
 // CPU kernels of the ops: tensors in, tensors out, nothing else. Every check that keeps memory safe is made here as well as in Python, since an op
 // can be called as torch.ops.patchcore_ext.<name> by anyone.
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -158,10 +159,38 @@ Tensor coreset_codes(const Tensor& features, const Tensor& center, const Tensor&
   const CoresetRotation rotation = {static_cast<const double*>(center.const_data_ptr()), outputs, columns, matrix.data()};
   const Parallel parallel = torch_threads(input.rows.count * dim * (columns + 1));
   if (first_nonfinite_row_cpu(input.rows, parallel) >= 0) explain_nonfinite(op, {{"features", &input.rows}});
-  Tensor codes = empty({coreset_codes_bytes(input.rows, rotation)}, ScalarType::Byte);
+  const int64_t bytes = coreset_codes_bytes(input.rows, rotation);
+  Tensor codes = empty({bytes}, ScalarType::Byte);
+  std::memset(codes.mutable_data_ptr(), 0, static_cast<size_t>(bytes));  // the padding between the arrays: same features, same bytes
   const auto memory = workspace(coreset_codes_workspace_bytes(input.rows, rotation, parallel));
   pack_coreset_codes_cpu(input.rows, rotation, parallel, memory.get(), codes.mutable_data_ptr());
   return codes;
+}
+
+void check_codes(const Tensor& codes, const Rows& rows, const char* op) {
+  if (codes.dim() != 1) fail(op, ": expected codes to come from coreset_codes, got shape ", shape_of(codes), ".");
+  check_vector(codes, ScalarType::Byte, codes.size(0), op, "codes", "uint8");
+  if (!coreset_codes_fit(rows, codes.const_data_ptr(), codes.size(0))) {
+    fail(op, ": expected codes to come from coreset_codes of the same features, got ", codes.size(0), " bytes of others.");
+  }
+}
+
+void add_picks(const Tensor& features, const Tensor& picks, Tensor min_distances, const Tensor& codes) {
+  const char* op = "add_picks";
+  const Feature input = features_of(features, op, "features");
+  check_vector(min_distances, ScalarType::Double, input.rows.count, op, "min_distances", "float64");
+  if (picks.dim() != 1) fail(op, ": expected picks to be of shape [count], got ", shape_of(picks), ".");
+  check_vector(picks, ScalarType::Long, picks.size(0), op, "picks", "int64");
+  const int64_t* rows = static_cast<const int64_t*>(picks.const_data_ptr());
+  for (int64_t i = 0; i < picks.size(0); ++i) {
+    if (rows[i] < 0 || rows[i] >= input.rows.count)
+      fail(op, ": expected picks to lie in [0, ", input.rows.count, "), the rows of features, got ", rows[i], ".");
+  }
+  check_codes(codes, input.rows, op);
+  const Parallel parallel = torch_threads(input.rows.count * input.rows.dim);
+  const auto memory = workspace(batched_coreset_workspace_bytes(input.rows, codes.const_data_ptr(), parallel));
+  batched_add_picks_cpu(input.rows, codes.const_data_ptr(), rows, picks.size(0), parallel, memory.get(),
+                        static_cast<double*>(min_distances.mutable_data_ptr()), nullptr);
 }
 
 std::tuple<Tensor, Tensor> greedy_coreset(const Tensor& features, Tensor min_distances, int64_t count, std::optional<Tensor> codes) {
@@ -178,10 +207,7 @@ std::tuple<Tensor, Tensor> greedy_coreset(const Tensor& features, Tensor min_dis
   double* values = static_cast<double*>(squared_distances.mutable_data_ptr());
   const Parallel parallel = torch_threads(input.rows.count * input.rows.dim);
   if (codes.has_value()) {
-    check_vector(*codes, ScalarType::Byte, codes->size(0), op, "codes", "uint8");
-    if (!coreset_codes_fit(input.rows, codes->const_data_ptr(), codes->size(0))) {
-      fail(op, ": expected codes to come from coreset_codes of the same features, got ", codes->size(0), " bytes of others.");
-    }
+    check_codes(*codes, input.rows, op);
     const auto memory = workspace(batched_coreset_workspace_bytes(input.rows, codes->const_data_ptr(), parallel));
     batched_greedy_coreset_cpu(input.rows, codes->const_data_ptr(), count, {}, parallel, memory.get(), state, picks, values, nullptr);
     return {indices, squared_distances};
@@ -251,6 +277,7 @@ STABLE_TORCH_LIBRARY_IMPL(patchcore_ext, CPU, library) {
   library.impl("random_projection", TORCH_BOX(&patchcore::bindings::random_projection));
   library.impl("update_min_distances", TORCH_BOX(&patchcore::bindings::update_min_distances));
   library.impl("coreset_codes", TORCH_BOX(&patchcore::bindings::coreset_codes));
+  library.impl("add_picks", TORCH_BOX(&patchcore::bindings::add_picks));
   library.impl("greedy_coreset", TORCH_BOX(&patchcore::bindings::greedy_coreset));
   library.impl("nearest_neighbors", TORCH_BOX(&patchcore::bindings::nearest_neighbors));
   library.impl("image_scores", TORCH_BOX(&patchcore::bindings::image_scores));

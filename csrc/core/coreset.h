@@ -73,6 +73,11 @@ struct CoresetStatistics {
 
 int64_t batched_coreset_workspace_bytes(const Rows& rows, const void* codes, const Parallel& parallel);
 
+// Makes rows picks[0 .. count) centres, as if they had been picked: all rows are lowered by them, and they are marked kPicked. The workspace of
+// batched_coreset_workspace_bytes.
+void batched_add_picks_cpu(const Rows& rows, const void* codes, const int64_t* picks, int64_t count, const Parallel& parallel, void* workspace,
+                           double* min_squared_distances, CoresetStatistics* statistics);
+
 // greedy_coreset_cpu by the batched algorithm, with the codes of the same rows.
 void batched_greedy_coreset_cpu(const Rows& rows, const void* codes, int64_t count, const CoresetOptions& options, const Parallel& parallel,
                                 void* workspace, double* min_squared_distances, int64_t* indices, double* squared_distances,

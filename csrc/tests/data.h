@@ -115,6 +115,14 @@ inline std::vector<Set> sets(int64_t count, int64_t dim) {
   return out;
 }
 
+// `num_slots` shares one after the other, the last first: their order must not matter. Starting threads costs more than the small work of most tests.
+inline Parallel slots(int64_t num_slots) {
+  return {[](void*, int64_t count, Parallel::Body body, void* context) {
+            for (int64_t slot = count - 1; slot >= 0; --slot) body(context, slot);
+          },
+          nullptr, num_slots};
+}
+
 // `num_slots` shares on as many threads.
 inline Parallel threads(int64_t num_slots) {
   return {[](void*, int64_t slots, Parallel::Body body, void* context) {

@@ -101,7 +101,7 @@ TEST(every_half_precision_value_widens_exactly_at_every_level) {
 TEST(first_nonfinite_row_is_the_first) {
   for (const int64_t slots : {1, 2, 5}) {
     for (data::Set& set : data::sets(100, 9)) {
-      CHECK_EQ(first_nonfinite_row_cpu(data::rows_of(set), data::threads(slots)), -1);
+      CHECK_EQ(first_nonfinite_row_cpu(data::rows_of(set), data::slots(slots)), -1);
       for (const int64_t bad : {99, 60, 3}) {
         const size_t at = static_cast<size_t>(bad * set.rows.stride + 4);
         if (set.rows.type == ScalarType::kFloat32) {
@@ -109,7 +109,7 @@ TEST(first_nonfinite_row_is_the_first) {
         } else {
           set.halves[at] = set.rows.type == ScalarType::kFloat16 ? 0xfc00 : 0x7fc0;
         }
-        CHECK_EQ(first_nonfinite_row_cpu(data::rows_of(set), data::threads(slots)), bad);
+        CHECK_EQ(first_nonfinite_row_cpu(data::rows_of(set), data::slots(slots)), bad);
       }
     }
   }

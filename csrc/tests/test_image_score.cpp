@@ -74,7 +74,7 @@ TEST(scores_follow_equation_7_on_every_set) {
       patches.data = static_cast<const char*>(bank.data) + 45 * bank.stride * size;
       for (const int64_t b : {1, 2, 9, 45, 100}) {
         const double expected = oracle(patches, bank, b);
-        const float found = score(patches, bank, b, data::threads(2));
+        const float found = score(patches, bank, b, data::slots(2));
         const double tolerance = 1e-6 * std::abs(expected) + 1e-12 * std::abs(oracle(patches, bank, 1)) + std::numeric_limits<float>::denorm_min();
         if (!(std::abs(found - expected) <= tolerance))
           std::cerr << set.name << " dim " << dim << " b " << b << ": " << found << " " << expected << "\n";
@@ -107,7 +107,7 @@ TEST(an_image_scores_the_same_alone_and_in_a_batch) {
   data::Set patches = data::fill(data::make("patches", 40, 8), [](int64_t r, int64_t j) { return std::cos(static_cast<double>((r % 10) * 8 + j)); });
   Rows one = data::rows_of(patches);
   one.count = 10;
-  CHECK_EQ(score(data::rows_of(patches), data::rows_of(bank), 9, data::threads(3), 4), score(one, bank.rows, 9, serial()));
+  CHECK_EQ(score(data::rows_of(patches), data::rows_of(bank), 9, data::slots(3), 4), score(one, bank.rows, 9, serial()));
 }
 
 TEST(exp_is_within_one_ulp) {

@@ -55,8 +55,8 @@ TEST(neighbors_equal_a_full_sort_on_every_set) {
       for (const int64_t k : {1, 2, 9, 70}) {
         const Result expected = oracle(queries, bank, k);
         for (const int64_t slots : {1, 2, 5}) {
-          if (!(search(queries, bank, k, data::threads(slots)) == expected)) std::cerr << set.name << " dim " << dim << " k " << k << "\n";
-          CHECK(search(queries, bank, k, data::threads(slots)) == expected);
+          if (!(search(queries, bank, k, data::slots(slots)) == expected)) std::cerr << set.name << " dim " << dim << " k " << k << "\n";
+          CHECK(search(queries, bank, k, data::slots(slots)) == expected);
         }
       }
     }
@@ -68,7 +68,7 @@ TEST(a_query_alone_gets_the_bits_it_gets_in_a_batch) {
     const Rows& bank = data::rows_of(set);
     Rows queries = bank;
     queries.count = 30;
-    const Result batch = search(queries, bank, 4, data::threads(2));
+    const Result batch = search(queries, bank, 4, data::slots(2));
     for (int64_t q = 0; q < 30; ++q) {
       Rows one = queries;
       one.count = 1;
@@ -105,7 +105,7 @@ TEST(no_queries_no_work) {
   data::Set set = data::fill(data::make("bank", 3, 2), [](int64_t r, int64_t) { return static_cast<double>(r); });
   Rows queries = data::rows_of(set);
   queries.count = 0;
-  CHECK(search(queries, set.rows, 1, data::threads(2)).indices.empty());
+  CHECK(search(queries, set.rows, 1, data::slots(2)).indices.empty());
 }
 
 TEST(nonfinite_values_are_reported) {

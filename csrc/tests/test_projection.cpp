@@ -66,7 +66,7 @@ TEST(projection_equals_its_definition_with_all_zeros_included) {
         }
         for (const int64_t slots : {1, 3}) {
           std::vector<float> found;
-          CHECK(project(rows, matrix.view, data::threads(slots), &found) == Status::kOk);
+          CHECK(project(rows, matrix.view, data::slots(slots), &found) == Status::kOk);
           CHECK(found == expected);
         }
       }
@@ -80,7 +80,7 @@ TEST(nonfinite_inputs_and_overflow_are_reported_even_where_the_matrix_is_zero) {
   data::Set set = data::fill(data::make("rows", 10, 4), [](int64_t, int64_t) { return 1.0; });
   CHECK(project(data::rows_of(set), matrix.view, serial(), &out) == Status::kOk);
   set.values[4 * 9 + 2] = std::numeric_limits<float>::infinity();
-  CHECK(project(data::rows_of(set), matrix.view, data::threads(2), &out) == Status::kNonFinite);
+  CHECK(project(data::rows_of(set), matrix.view, data::slots(2), &out) == Status::kNonFinite);
   matrix = random_matrix(4, 3, 1.0);
   data::Set large = data::fill(data::make("large", 2, 4), [](int64_t, int64_t) { return 3e38; });
   for (double& value : matrix.values) value = 2.0;

@@ -72,14 +72,8 @@ struct Packer {
   // Codes of row r, whose coordinates `slot` holds.
   void quantize(int64_t r, double error, const Slot& slot, Codes* out) const {
     uint8_t* codes = out->codes + r * 4 * out->words;
-    double error_squares = 0;
-    int32_t squared_norm = 0;
-    for (int64_t k = 0; k < coordinates; ++k) {
-      const Int8Code code = int8_code(multiply(out->scale, slot.coordinates[k]));
-      codes[k] = static_cast<uint8_t>(code.code + 128);
-      squared_norm += code.code * code.code;
-      error_squares += code.error * code.error;
-    }
+    double error_squares;
+    const int32_t squared_norm = level().quantize(slot.coordinates, coordinates, out->scale, codes, &error_squares);
     for (int64_t k = coordinates; k < 4 * out->words; ++k) codes[k] = 128;
     out->squared_norms[r] = squared_norm;
     out->residuals[r] = round_up_to_float(inflate(residual_bound(error_squares, squared_norm, coordinates) + out->scale * error, 2));

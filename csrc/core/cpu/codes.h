@@ -39,4 +39,7 @@ int64_t pack_codes_workspace_bytes(const Rows& rows, int64_t coordinates, const 
 // is sound (filter.h) and measured better than a higher percentile.
 void pack_codes_cpu(const Rows& rows, const double* center, const Contraction* contraction, const Parallel& parallel, void* workspace, Codes* out);
 
+// The copies that pack_coreset_codes_cpu (coreset.h) put into `codes`; prefix->words is 0 where there is none.
+void coreset_codes_inside(const Rows& rows, const void* codes, Codes* prefix, Codes* full);
+
 }  // namespace patchcore

@@ -293,10 +293,10 @@ void update_all(Run* run, const Operands& operands) {
   std::atomic<int64_t> survivors{0}, canonical{0};
   run->parallel([&](int64_t slot) {
     const SlotMemory memory = slot_memory(*run, slot);
-    const Share share = share_of(run->rows.count, slot, run->parallel.num_slots);
     CoresetStatistics counted;
-    for (int64_t begin = share.begin; begin < share.end; begin += kRowBlock) {
-      update_block(run, operands, begin, std::min(kRowBlock, share.end - begin), memory, &counted);
+    // Blocks in turn: rows that lie together are alike, and the slots shall have the same share of the rows that take long.
+    for (int64_t begin = slot * kRowBlock; begin < run->rows.count; begin += run->parallel.num_slots * kRowBlock) {
+      update_block(run, operands, begin, std::min(kRowBlock, run->rows.count - begin), memory, &counted);
     }
     survivors += counted.survivors;
     canonical += counted.canonical;
@@ -337,7 +337,7 @@ void choose_filter(Run* run, const CoresetOptions& options, const int64_t* which
   use_filter(run, run->prefix);
   if (options.prefix > 0) return;
   const int64_t tried = std::min<int64_t>(count, kGroupOperands);
-  gather_operands(run->rows, run->first, run->second, which, tried, StartWith::kNorm, operands);
+  gather_operands(run->rows, run->first, run->second, which, tried, StartWith::kNorm, run->parallel, operands);
   if (survivor_share(*run, *operands) * kDotWords > static_cast<double>(run->full.words - run->prefix.words)) use_filter(run, run->full);
 }
 
@@ -354,7 +354,7 @@ void pick_singly(Run* run, int64_t count, Operands* operands, int64_t* indices, 
     squared_distances[p] = best.squared_distance;
     run->state[best.index] = kPicked;
     run->reach[best.index] = -INFINITY;
-    gather_operands(run->rows, run->first, run->second, &best.index, 1, StartWith::kNorm, operands);
+    gather_operands(run->rows, run->first, run->second, &best.index, 1, StartWith::kNorm, serial(), operands);
     update_all(run, *operands);
   }
 }
@@ -395,7 +395,7 @@ struct Layout {
   int64_t reach, candidates, operands, chain_operands, values, floors, rows, order, slots, total;
 };
 
-Layout lay_out(const Rows& rows, const Codes& first, const Codes& second, const Parallel& parallel) {
+Layout lay_out(const Rows& rows, const Codes& full, const Parallel& parallel) {
   Layout layout = {};
   int64_t used = 0;
   const auto take = [&](int64_t bytes) {
@@ -405,19 +405,20 @@ Layout lay_out(const Rows& rows, const Codes& first, const Codes& second, const 
   };
   layout.reach = take(rows.count * 8);
   layout.candidates = take(rows.count * static_cast<int64_t>(sizeof(Candidate)));
-  layout.operands = take(operands_bytes(kLargestBatch, rows.dim, second, second));
-  layout.chain_operands = take(operands_bytes(kLargestBatch, rows.dim, second, second));
+  layout.operands = take(operands_bytes(kLargestBatch, rows.dim, full, full));
+  layout.chain_operands = take(operands_bytes(kLargestBatch, rows.dim, full, full));
   layout.values = take(kLargestBatch * 8);
   layout.floors = take(kLargestBatch * 4);
   layout.rows = take(kLargestBatch * 8);
   layout.order = take(kLargestBatch * 8);
   layout.slots = take(parallel.num_slots * slot_memory_bytes(rows));
   layout.total = used + 64;
-  (void)first;
   return layout;
 }
 
-void read_header(const Rows& rows, const void* codes, Codes* prefix, Codes* full) {
+}  // namespace
+
+void coreset_codes_inside(const Rows& rows, const void* codes, Codes* prefix, Codes* full) {
   Header header;
   std::memcpy(&header, codes, sizeof(Header));
   char* memory = const_cast<char*>(static_cast<const char*>(codes)) + sizeof(Header);  // read only: Codes serves the packer as well
@@ -428,8 +429,6 @@ void read_header(const Rows& rows, const void* codes, Codes* prefix, Codes* full
   *full = codes_at(rows.count, header.full_words, header.full_scale, memory);
 }
 
-}  // namespace
-
 bool coreset_codes_fit(const Rows& rows, const void* codes, int64_t bytes) {
   Header header;
   if (bytes < static_cast<int64_t>(sizeof(Header))) return false;
@@ -439,63 +438,94 @@ bool coreset_codes_fit(const Rows& rows, const void* codes, int64_t bytes) {
   return bytes == static_cast<int64_t>(sizeof(Header)) + prefix + codes_bytes(rows.count, header.full_words);
 }
 
+namespace {
+
+// A run and the memory of its operands.
+struct Workspace {
+  Run run;
+  Layout layout;
+  char* memory;
+
+  Operands operands(int64_t capacity) const { return operands_at(capacity, run.rows.dim, run.first, run.second, memory + layout.operands); }
+};
+
+Workspace start(const Rows& rows, const void* codes, const Parallel& parallel, void* workspace, double* min_squared_distances) {
+  char* memory = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(workspace) + 63) / 64 * 64);
+  Run run = {rows, parallel, min_squared_distances, nullptr, nullptr, {}, {}, {}, {}, canonical_slack(rows.dim), nullptr, slot_memory_bytes(rows),
+             {}};
+  coreset_codes_inside(rows, codes, &run.prefix, &run.full);
+  const Layout layout = lay_out(rows, run.full, parallel);
+  run.reach = reinterpret_cast<double*>(memory + layout.reach);
+  run.candidates = reinterpret_cast<Candidate*>(memory + layout.candidates);
+  run.slots = memory + layout.slots;
+  run.second = run.full;
+  return {run, layout, memory};
+}
+
+// Lowers all rows by the picks, at most kLargestBatch of them. Tiles hold operands of like residuals, so that the largest of a tile is not much
+// larger than the others.
+void lower_by(Workspace* work, const int64_t* picks, int64_t count) {
+  Run& run = work->run;
+  int64_t* order = reinterpret_cast<int64_t*>(work->memory + work->layout.order);
+  std::copy(picks, picks + count, order);
+  std::sort(order, order + count, [&](int64_t a, int64_t b) {
+    const float residual_a = run.first.residuals[a], residual_b = run.first.residuals[b];
+    return residual_a < residual_b || (residual_a == residual_b && a < b);
+  });
+  Operands operands = work->operands(count);
+  gather_operands(run.rows, run.first, run.second, order, count, StartWith::kNorm, run.parallel, &operands);
+  update_all(&run, operands);
+}
+
+}  // namespace
+
 int64_t batched_coreset_workspace_bytes(const Rows& rows, const void* codes, const Parallel& parallel) {
   Codes prefix, full;
-  read_header(rows, codes, &prefix, &full);
-  return lay_out(rows, full, full, parallel).total;
+  coreset_codes_inside(rows, codes, &prefix, &full);
+  return lay_out(rows, full, parallel).total;
+}
+
+void batched_add_picks_cpu(const Rows& rows, const void* codes, const int64_t* picks, int64_t count, const Parallel& parallel, void* workspace,
+                           double* min_squared_distances, CoresetStatistics* statistics) {
+  Workspace work = start(rows, codes, parallel, workspace, min_squared_distances);
+  Operands tried = operands_at(kLargestBatch, rows.dim, work.run.full, work.run.full, work.memory + work.layout.operands);
+  for (int64_t done = 0; done < count; done += kLargestBatch) {
+    const int64_t added = std::min(kLargestBatch, count - done);
+    choose_filter(&work.run, {}, picks + done, added, &tried);
+    lower_by(&work, picks + done, added);
+  }
+  for (int64_t i = 0; i < count; ++i) min_squared_distances[picks[i]] = kPicked;
+  if (statistics != nullptr) *statistics = work.run.statistics;
 }
 
 void batched_greedy_coreset_cpu(const Rows& rows, const void* codes, int64_t count, const CoresetOptions& options, const Parallel& parallel,
                                 void* workspace, double* min_squared_distances, int64_t* indices, double* squared_distances,
                                 CoresetStatistics* statistics) {
-  char* memory = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(workspace) + 63) / 64 * 64);
-  Run run = {rows, parallel, min_squared_distances, nullptr, nullptr, {}, {}, {}, {}, canonical_slack(rows.dim), nullptr, slot_memory_bytes(rows),
-             {}};
-  read_header(rows, codes, &run.prefix, &run.full);
-  const Layout layout = lay_out(rows, run.full, run.full, parallel);
-  run.reach = reinterpret_cast<double*>(memory + layout.reach);
-  run.candidates = reinterpret_cast<Candidate*>(memory + layout.candidates);
-  run.slots = memory + layout.slots;
-  Operands operands;
+  Workspace work = start(rows, codes, parallel, workspace, min_squared_distances);
+  Run& run = work.run;
   Chain chain = {{},
-                 reinterpret_cast<double*>(memory + layout.values),
-                 reinterpret_cast<int32_t*>(memory + layout.floors),
-                 reinterpret_cast<int64_t*>(memory + layout.rows)};
-  int64_t* order = reinterpret_cast<int64_t*>(memory + layout.order);
-
+                 reinterpret_cast<double*>(work.memory + work.layout.values),
+                 reinterpret_cast<int32_t*>(work.memory + work.layout.floors),
+                 reinterpret_cast<int64_t*>(work.memory + work.layout.rows)};
+  Operands tried = operands_at(kLargestBatch, rows.dim, run.full, run.full, work.memory + work.layout.operands);
   int64_t batch = std::min(options.batch > 0 ? options.batch : kFirstBatch, kLargestBatch);
-  for (int64_t done = 0; done < count;) {
-    if (options.single > 0) {
-      operands = operands_at(1, rows.dim, run.full, run.full, memory + layout.operands);
-      pick_singly(&run, count - done, &operands, indices + done, squared_distances + done);
-      break;
-    }
+  int64_t done = 0;
+  const auto singly = [&](int64_t picks) {
+    pick_singly(&run, picks, &tried, indices + done, squared_distances + done);
+    done += picks;
+  };
+  if (options.single > 0) singly(count);
+  while (done < count) {
     const Selection selection = select_candidates(&run, batch);
     for (int64_t i = 0; i < selection.count; ++i) chain.rows[i] = run.candidates[i].index;
-    operands = operands_at(kLargestBatch, rows.dim, run.full, run.full, memory + layout.operands);
-    choose_filter(&run, options, chain.rows, selection.count, &operands);
-    chain.operands = operands_at(selection.count, rows.dim, run.first, run.second, memory + layout.chain_operands);
-    gather_operands(rows, run.first, run.second, chain.rows, selection.count, StartWith::kNothing, &chain.operands);
+    choose_filter(&run, options, chain.rows, selection.count, &tried);
+    chain.operands = operands_at(selection.count, rows.dim, run.first, run.second, work.memory + work.layout.chain_operands);
+    gather_operands(rows, run.first, run.second, chain.rows, selection.count, StartWith::kNothing, parallel, &chain.operands);
     const int64_t accepted = run_chain(&run, selection, count - done, &chain, indices + done, squared_distances + done);
-
-    // Tiles hold operands of like residuals, so that the largest of a tile is not much larger than the others.
-    std::copy(indices + done, indices + done + accepted, order);
-    std::sort(order, order + accepted, [&](int64_t a, int64_t b) {
-      const float residual_a = run.first.residuals[a], residual_b = run.first.residuals[b];
-      return residual_a < residual_b || (residual_a == residual_b && a < b);
-    });
-    operands = operands_at(accepted, rows.dim, run.first, run.second, memory + layout.operands);
-    gather_operands(rows, run.first, run.second, order, accepted, StartWith::kNorm, &operands);
-    update_all(&run, operands);
+    lower_by(&work, indices + done, accepted);
     done += accepted;
-
     if (options.batch > 0) continue;
-    if (accepted < kFewPicks && batch == kLargestBatch && done < count) {
-      const int64_t single = std::min(kSinglePicks, count - done);
-      operands = operands_at(1, rows.dim, run.full, run.full, memory + layout.operands);
-      pick_singly(&run, single, &operands, indices + done, squared_distances + done);
-      done += single;
-    }
+    if (accepted < kFewPicks && batch == kLargestBatch) singly(std::min(kSinglePicks, count - done));
     if (accepted < batch / 16) batch = std::min(2 * batch, kLargestBatch);
   }
   if (statistics != nullptr) *statistics = run.statistics;

@@ -40,6 +40,10 @@ struct Level {
   // The index of the first of the largest of `count` values (a positive multiple of 8, none NaN).
   int64_t (*first_largest)(const double* values, int64_t count);
 
+  // codes[k] = 128 + int8_code(scale * coordinates[k]); returns the sum of the squared codes, and the sum of the squared errors (in any order:
+  // filter.h, residual_bound). Coordinates are finite.
+  int32_t (*quantize)(const double* coordinates, int64_t count, double scale, uint8_t* codes, double* error_squares);
+
   // products[o] = sum_k x[k] * matrix[k][o], float64, o < outputs (a multiple of 8); k ascending, so the same bits at every level.
   void (*multiply_matrix)(const double* x, const double* matrix, int64_t dim, int64_t outputs, double* products);
 };

@@ -164,6 +164,33 @@ int64_t first_largest(const double* values, int64_t count) {
   }
 }
 
+// filter.h, int8_code, four coordinates at a time.
+int32_t quantize(const double* coordinates, int64_t count, double scale, uint8_t* codes, double* error_squares) {
+  const __m256d most = _mm256_set1_pd(127.0), least = _mm256_set1_pd(-127.0), magic = _mm256_set1_pd(0x1.8p52);
+  __m256d errors = _mm256_setzero_pd();
+  int32_t squared_norm = 0;
+  for (int64_t k = 0; k < count; k += 4) {
+    double four[4] = {};
+    const int64_t taken = count - k < 4 ? count - k : 4;
+    for (int64_t i = 0; i < taken; ++i) four[i] = coordinates[k + i];
+    const __m256d scaled = _mm256_mul_pd(_mm256_set1_pd(scale), _mm256_loadu_pd(four));
+    const __m256d clipped = _mm256_max_pd(_mm256_min_pd(scaled, most), least);
+    const __m256d code = _mm256_sub_pd(_mm256_add_pd(clipped, magic), magic);
+    const __m256d error = _mm256_sub_pd(clipped, code);
+    errors = _mm256_add_pd(errors, _mm256_mul_pd(error, error));
+    int32_t integers[4];
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(integers), _mm256_cvtpd_epi32(code));
+    for (int64_t i = 0; i < taken; ++i) {
+      codes[k + i] = static_cast<uint8_t>(integers[i] + 128);
+      squared_norm += integers[i] * integers[i];
+    }
+  }
+  double sums[4];
+  _mm256_storeu_pd(sums, errors);
+  *error_squares = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  return squared_norm;
+}
+
 void multiply_matrix(const double* x, const double* matrix, int64_t dim, int64_t outputs, double* products) {
   for (int64_t o = 0; o < outputs; o += 8) {
     __m256d low = _mm256_setzero_pd(), high = low;
@@ -179,8 +206,8 @@ void multiply_matrix(const double* x, const double* matrix, int64_t dim, int64_t
 
 }  // namespace
 
-const Level kAvx2Level = {"avx2", squared_distances, float16_to_float, bfloat16_to_float, scan_rows, scan_tile,
-                          dots,   int8_floors,       first_largest,    multiply_matrix};
+const Level kAvx2Level = {"avx2", squared_distances, float16_to_float, bfloat16_to_float, scan_rows,      scan_tile,
+                          dots,   int8_floors,       first_largest,    quantize,          multiply_matrix};
 
 }  // namespace patchcore
 

@@ -79,6 +79,19 @@ int64_t first_largest(const double* values, int64_t count) {
   return best;
 }
 
+int32_t quantize(const double* coordinates, int64_t count, double scale, uint8_t* codes, double* error_squares) {
+  int32_t squared_norm = 0;
+  double errors = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    const Int8Code code = int8_code(multiply(scale, coordinates[k]));
+    codes[k] = static_cast<uint8_t>(code.code + 128);
+    squared_norm += code.code * code.code;
+    errors += code.error * code.error;
+  }
+  *error_squares = errors;
+  return squared_norm;
+}
+
 void multiply_matrix(const double* x, const double* matrix, int64_t dim, int64_t outputs, double* products) {
   for (int64_t o = 0; o < outputs; ++o) products[o] = 0;
   for (int64_t k = 0; k < dim; ++k) {
@@ -88,7 +101,7 @@ void multiply_matrix(const double* x, const double* matrix, int64_t dim, int64_t
 
 }  // namespace
 
-const Level kScalarLevel = {"scalar", squared_distances, float16_to_float, bfloat16_to_float, scan_rows, scan_tile,
-                            dots,     int8_floors,       first_largest,    multiply_matrix};
+const Level kScalarLevel = {"scalar", squared_distances, float16_to_float, bfloat16_to_float, scan_rows,      scan_tile,
+                            dots,     int8_floors,       first_largest,    quantize,          multiply_matrix};
 
 }  // namespace patchcore

@@ -56,6 +56,28 @@ int32_t signed_codes(const Codes& codes, int64_t r, int8_t* out) {
   return 128 * sum;
 }
 
+// Operand i, which is row r of all.
+void gather_one(const Rows& rows, const Codes& first, const Codes& second, int64_t r, StartWith start, int64_t i, Operands* out) {
+  int8_t* tile = out->tiles + i / kTileOperands * 4 * first.words * kTileOperands + i % kTileOperands * 4;
+  const uint8_t* codes = first.codes + r * 4 * first.words;
+  int32_t sum = 0;
+  for (int64_t w = 0; w < first.words; ++w) {
+    for (int64_t b = 0; b < 4; ++b) {
+      const int8_t code = static_cast<int8_t>(codes[4 * w + b] - 128);
+      tile[w * 4 * kTileOperands + b] = code;
+      sum += code;
+    }
+  }
+  out->start[i] = (start == StartWith::kNorm ? int8_start(first.squared_norms[r]) : 0) - 128 * sum;
+  out->residuals[i] = first.residuals[r];
+  out->biases[i] = signed_codes(second, r, out->codes + i * 4 * second.words);
+  out->squared_norms[i] = second.squared_norms[r];
+  out->code_residuals[i] = second.residuals[r];
+  float* row = out->rows + i * rows.dim;
+  const FloatRows widened = float_rows(rows, r, 1, row);
+  if (widened.data != row) std::memcpy(row, widened.data, static_cast<size_t>(rows.dim) * sizeof(float));
+}
+
 }  // namespace
 
 int64_t operands_bytes(int64_t capacity, int64_t dim, const Codes& first, const Codes& second) {
@@ -69,37 +91,21 @@ Operands operands_at(int64_t capacity, int64_t dim, const Codes& first, const Co
   return lay_out(capacity, dim, first, second, &pieces);
 }
 
-void gather_operands(const Rows& rows, const Codes& first, const Codes& second, const int64_t* which, int64_t count, StartWith start, Operands* out) {
+void gather_operands(const Rows& rows, const Codes& first, const Codes& second, const int64_t* which, int64_t count, StartWith start,
+                     const Parallel& parallel, Operands* out) {
   const int64_t tiles = num_tiles(count), tile_bytes = 4 * first.words * kTileOperands;
   out->count = count;
-  std::memset(out->tiles, 0, static_cast<size_t>(tiles * tile_bytes));
-  std::fill(out->start + count, out->start + tiles * kTileOperands, kInt8PaddingStart);
-  std::fill(out->residuals + count, out->residuals + tiles * kTileOperands, 0.0f);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t r = which[i];
-    int8_t* tile = out->tiles + i / kTileOperands * tile_bytes + i % kTileOperands * 4;
-    const uint8_t* codes = first.codes + r * 4 * first.words;
-    int32_t sum = 0;
-    for (int64_t w = 0; w < first.words; ++w) {
-      for (int64_t b = 0; b < 4; ++b) {
-        const int8_t code = static_cast<int8_t>(codes[4 * w + b] - 128);
-        tile[w * 4 * kTileOperands + b] = code;
-        sum += code;
-      }
+  parallel([&](int64_t slot) {
+    const Share share = share_of(tiles, slot, parallel.num_slots);
+    for (int64_t t = share.begin; t < share.end; ++t) {
+      const int64_t begin = t * kTileOperands, end = begin + kTileOperands, last = std::min(count, end);
+      if (last < end) std::memset(out->tiles + t * tile_bytes, 0, static_cast<size_t>(tile_bytes));
+      for (int64_t i = begin; i < last; ++i) gather_one(rows, first, second, which[i], start, i, out);
+      std::fill(out->start + last, out->start + end, kInt8PaddingStart);
+      std::fill(out->residuals + last, out->residuals + end, 0.0f);
+      out->tile_residuals[t] = *std::max_element(out->residuals + begin, out->residuals + end);
     }
-    out->start[i] = (start == StartWith::kNorm ? int8_start(first.squared_norms[r]) : 0) - 128 * sum;
-    out->residuals[i] = first.residuals[r];
-    out->biases[i] = signed_codes(second, r, out->codes + i * 4 * second.words);
-    out->squared_norms[i] = second.squared_norms[r];
-    out->code_residuals[i] = second.residuals[r];
-    float* row = out->rows + i * rows.dim;
-    const FloatRows widened = float_rows(rows, r, 1, row);
-    if (widened.data != row) std::memcpy(row, widened.data, static_cast<size_t>(rows.dim) * sizeof(float));
-  }
-  for (int64_t t = 0; t < tiles; ++t) {
-    const float* begin = out->residuals + t * kTileOperands;
-    out->tile_residuals[t] = *std::max_element(begin, begin + kTileOperands);
-  }
+  });
 }
 
 }  // namespace patchcore

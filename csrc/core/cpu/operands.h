@@ -32,6 +32,7 @@ Operands operands_at(int64_t capacity, int64_t dim, const Codes& first, const Co
 enum class StartWith { kNothing, kNorm };
 
 // Gathers rows[which[i]], i < count. first.words and second.words are the codes of all rows; pass `first` twice where there are no second codes.
-void gather_operands(const Rows& rows, const Codes& first, const Codes& second, const int64_t* which, int64_t count, StartWith start, Operands* out);
+void gather_operands(const Rows& rows, const Codes& first, const Codes& second, const int64_t* which, int64_t count, StartWith start,
+                     const Parallel& parallel, Operands* out);
 
 }  // namespace patchcore
