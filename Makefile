@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-PYTHON_SOURCES := setup.py patchcore_ext python_tests examples
+PYTHON_SOURCES := setup.py patchcore_ext python_tests examples benchmarks
 
-.PHONY: help setup demo test test-core test-python check format sanitize clean
+.PHONY: help setup demo test test-core test-python test-aarch64 bench bench-peers check format sanitize clean
 
 help:
 	@echo "make demo    set everything up, then find the cracks in real solar cells"
@@ -15,6 +15,8 @@ help:
 	@echo "make check   format, lint, types"
 	@echo "make format  format C++ and Python"
 	@echo "make sanitize  the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make test-aarch64  the C++ tests for 64-bit Arm under qemu"
+	@echo "make bench   benchmarks; make bench-peers first fetches anomalib and fpsample"
 	@echo "make clean   remove what was built (.venv stays)"
 
 setup: $(VENV)/built
@@ -62,6 +64,21 @@ sanitize: $(VENV)/built
 	cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPATCHCORE_SANITIZE=ON
 	cmake --build build/sanitize
 	ctest --test-dir build/sanitize --output-on-failure
+
+test-aarch64: $(VENV)/built
+	cmake -S . -B build/aarch64 -G Ninja -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64.cmake
+	cmake --build build/aarch64
+	ctest --test-dir build/aarch64 --output-on-failure
+
+bench: $(VENV)/demo-material
+	$(BIN)/python -m benchmarks.bench_coreset $(if $(wildcard build/peers/bin/python),--peers build/peers/bin/python)
+
+# An environment for anomalib that borrows torch from .venv.
+bench-peers: $(VENV)/built
+	$(PYTHON) -m venv build/peers
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$(build/peers/bin/python -c "import site; print(site.getsitepackages()[0])")/borrowed.pth
+	build/peers/bin/pip install --quiet anomalib
+	$(BIN)/pip install --quiet fpsample
 
 clean:
 	rm -rf build dist demo *.egg-info patchcore_ext/*.so $(VENV)/built

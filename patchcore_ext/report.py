@@ -163,7 +163,7 @@ def _colors(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 def _opacity(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """How much the colours of numbers in 0..1 hide, in 0..1: what is ordinary stays clear."""
-    return _OPACITY * np.minimum(2 * values, 1)
+    return _OPACITY * np.minimum(2 * values, 1) ** 2
 
 
 def _text(value: str) -> str:
@@ -218,7 +218,7 @@ h1 { font-size: 1.5rem; margin: 0.5rem 0 1rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; margin-bottom: 1.5rem; }
 th, td { border-bottom: 1px solid var(--line); padding: 0.3rem 1.5rem 0.3rem 0; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
 th { font-weight: normal; opacity: 0.75; white-space: nowrap; }
-.legend { max-width: 32rem; margin-bottom: 1.5rem; }
+.legend { max-width: 36rem; margin-bottom: 1.5rem; }
 .legend p { margin: 0 0 0.4rem; }
 .bar { height: 0.9rem; border-radius: 3px; }
 .marks { position: relative; height: 1.4rem; font-size: 0.85rem; }

@@ -47,7 +47,9 @@ def test_an_unknown_level_is_refused() -> None:
 
 def test_a_missing_library_names_the_remedy(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "patchcore_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    result = run(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import patchcore_ext")
+    # -S: without the finder of an editable install, which would lend its own library.
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(Path(torch.__file__).parents[1])!r}]; import patchcore_ext"
+    result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=False)
     assert "ImportError: patchcore_ext: the native library _C did not load" in result.stderr
     assert "pip install --no-build-isolation -e ." in result.stderr
 

@@ -195,7 +195,7 @@ def test_heat_map_colours_follow_the_distance() -> None:
 
 def test_heat_map_keeps_the_image_visible() -> None:
     image = PIL.Image.fromarray(np.array([[0, 255]], dtype=np.uint8))
-    for distance, contrast in ((0.0, 255), (0.25, 153), (0.5, 51), (1.0, 51)):
+    for distance, contrast in ((0.0, 255), (0.25, 204), (0.5, 51), (1.0, 51)):
         dark, bright = np.asarray(heat_map_image(image, torch.full((1, 2), distance), 0.0, 1.0), dtype=int)[0]
         assert bright - dark == pytest.approx([contrast] * 3, abs=1)
 

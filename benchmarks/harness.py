@@ -1,0 +1,70 @@
+"""What the benchmarks share: the machine, medians, subprocesses with their peak memory, result files."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+CACHE = ROOT / "build" / "benchmarks"  # feature sets and compiled baselines; safe to delete
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, versions, commit and date: what a number means nothing without."""
+    import torch
+
+    import patchcore_ext
+
+    processor = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor()
+    )
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "cpu_level": patchcore_ext.build_info()["cpu_level"],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "patchcore_ext": patchcore_ext.__version__,
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def run_worker(python: str, module: str, arguments: dict[str, Any], environment: dict[str, str] | None = None) -> dict[str, Any]:
+    """Runs ``python -m module JSON`` in a process of its own and returns the JSON it prints last, with ``peak_rss_mb`` in it."""
+    process = subprocess.run(
+        [python, "-m", module, json.dumps(arguments)],
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if process.returncode != 0:
+        return {"error": process.stderr.strip().splitlines()[-1] if process.stderr.strip() else f"exit status {process.returncode}"}
+    result: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
+    return result
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Median and interquartile range."""
+    quarter, _, three = quantiles(seconds, n=4) if len(seconds) > 1 else (seconds[0], seconds[0], seconds[0])
+    return {"median": median(seconds), "iqr": three - quarter}
+
+
+def write_results(name: str, rows: list[dict[str, Any]], note: str) -> Path:
+    """``benchmarks/results/<name>.json``."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"machine": machine(), "note": note, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return path

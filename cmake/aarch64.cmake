@@ -1,0 +1,5 @@
+# Cross build of the core for 64-bit Arm, its tests run by qemu (Debian: g++-aarch64-linux-gnu, qemu-user): `make test-aarch64`.
+set(CMAKE_SYSTEM_NAME Linux)
+set(CMAKE_SYSTEM_PROCESSOR aarch64)
+set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)
+set(CMAKE_CROSSCOMPILING_EMULATOR qemu-aarch64 -L /usr/aarch64-linux-gnu)
