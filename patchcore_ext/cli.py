@@ -184,6 +184,7 @@ def _predict(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> 
             "Backbone": f"{model.extractor.backbone_name}, {' + '.join(settings['layers'])}",
             "Memory bank": f"{len(model.bank)} patches x {model.bank.dim} of {model.fit_report['num_images']} good images",
         },
+        model.fit_report.get("covering_curve", []),
     )
     if not arguments.quiet:
         print(page)

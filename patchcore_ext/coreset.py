@@ -39,6 +39,17 @@ class CoresetSelection(NamedTuple):
     distances: Tensor
     radius: float
 
+    def covering_curve(self, points: int = 64) -> list[tuple[int, float]]:
+        """How well coresets of growing size cover the rows: pairs (number of rows kept, covering radius), about evenly spaced on a logarithmic scale of sizes.
+
+        The greedy order makes every beginning of a selection a coreset of its own, so one selection tells the radius of all smaller ones. Sizes whose radius
+        was not measured are left out.
+        """
+        count = len(self.indices)
+        sizes = sorted({round(count ** (i / max(1, points - 1))) for i in range(points)})
+        radii = [*self.distances[1:].tolist(), self.radius]  # the radius of the first n rows is the distance of row n + 1 when it was picked
+        return [(size, radii[size - 1]) for size in sizes if math.isfinite(radii[size - 1])]
+
 
 class CoresetSampler:
     """Keeps the rows that cover the others best: greedy k-center selection on random projections.

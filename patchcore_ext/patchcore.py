@@ -220,6 +220,7 @@ class PatchCore:
         _log.info("Coreset: %d patches kept, %.1f s.", len(bank), coreset_done - features_done)
         scorer = self._scorer(bank)
         threshold, report = self._make_threshold(good, bank, scorer, rate)
+        report["covering_curve"] = [list(point) for point in selection.covering_curve()] if self.settings["coreset_ratio"] < 1 else []
         timings = {
             "features": features_done - started,
             "coreset": coreset_done - features_done,

@@ -115,6 +115,7 @@ def write_report(
     summary: Mapping[str, str],
     threshold: float,
     color_range: tuple[float, float] | None = None,
+    covering_curve: Sequence[Sequence[float]] = (),
 ) -> None:
     """Writes one HTML file that needs nothing else: a table, and all images with their heat maps, the highest score first.
 
@@ -128,6 +129,7 @@ def write_report(
         summary: lines of the table, name to value.
         threshold: scores above it are anomalous.
         color_range: distances of the first and the last colour; None: :func:`default_color_range` of the threshold.
+        covering_curve: pairs (size of the coreset, covering radius), drawn when there are at least two: see ``CoresetSelection.covering_curve``.
 
     Raises:
         ValueError: a score, the threshold or a heat map is not finite, or a heat map is of another size than its image.
@@ -140,7 +142,12 @@ def write_report(
     cards = [_card(entry, low, high) for entry in sorted(entries, key=lambda entry: -entry.score)]
     rows = [f'<tr><th scope="row">{_text(name)}</th><td>{_text(value)}</td></tr>' for name, value in summary.items()]
     page = _PAGE.format(
-        title=_text(title), style=_STYLE, rows="\n".join(rows), legend=_legend(low, high, threshold), cards="\n".join(cards) or "<p>No images.</p>"
+        title=_text(title),
+        style=_STYLE,
+        rows="\n".join(rows),
+        legend=_legend(low, high, threshold),
+        curve=_curve(covering_curve),
+        cards="\n".join(cards) or "<p>No images.</p>",
     )
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
@@ -210,6 +217,26 @@ def _legend(low: float, high: float, threshold: float) -> str:
     return f'<div class="bar" style="background:linear-gradient(to right, {gradient}), #aaa"></div><div class="marks">{spans}</div>'
 
 
+def _curve(points: Sequence[Sequence[float]]) -> str:
+    """Covering radius against the size of the coreset, as a small SVG with a logarithmic axis of sizes: it helps to choose the ratio."""
+    if len(points) < 2 or points[-1][0] <= points[0][0]:
+        return ""
+    width, height, left, bottom = 420, 150, 8, 22
+    largest = max(radius for _, radius in points) or 1.0
+    span = math.log(points[-1][0] / points[0][0])
+    places = [(left + (width - 2 * left) * math.log(size / points[0][0]) / span, (height - bottom) * (1 - radius / largest) + 4) for size, radius in points]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    size, radius = points[-1]
+    return (
+        f"<details><summary>Coreset: {size:.0f} patches, none of the good ones farther than {radius:.4g} from them</summary>"
+        f'<svg viewBox="0 0 {width} {height}" class="curve" role="img" aria-label="covering radius against the size of the coreset">'
+        f'<polyline points="{line}" fill="none" stroke="#b3261e" stroke-width="2"/>'
+        f'<text x="{left}" y="{height - 4}">{points[0][0]:.0f} patches: radius {points[0][1]:.4g}</text>'
+        f'<text x="{width - left}" y="{height - 4}" text-anchor="end">{size:.0f}: {radius:.4g}</text></svg>'
+        "<p>Largest distance of a good patch to the memory bank, for every size on the way; where the curve is flat, more patches add little.</p></details>"
+    )
+
+
 # System colours follow the reader's light or dark setting.
 _STYLE = """
 :root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 22%, transparent); }
@@ -233,6 +260,8 @@ figcaption { grid-column: 1 / -1; font-size: 0.9rem; }
 .verdict { border-radius: 3px; padding: 0 0.4rem; color: white; background: #2f6f4f; }
 .anomalous .verdict { background: #b3261e; }
 .label { opacity: 0.75; }
+details { margin-bottom: 1.5rem; max-width: 32rem; }
+.curve { width: 100%; font-size: 13px; fill: currentColor; }
 .path { display: block; opacity: 0.75; overflow-wrap: anywhere; }
 """
 
@@ -253,6 +282,7 @@ _PAGE = """<!DOCTYPE html>
 <p>Colours of all heat maps: distance of each place to the good images</p>
 {legend}
 </div>
+{curve}
 <main class="gallery">
 {cards}
 </main>

@@ -223,6 +223,20 @@ def test_distances_are_the_covering_radius_before_each_pick() -> None:
     assert selection.radius < float(selection.distances[-1])
 
 
+def test_covering_curve_tells_the_radius_of_every_beginning() -> None:
+    features = make_features("random", 70, 6)
+    sampler = CoresetSampler(num_samples=40, projection_dim=None)
+    selection = sampler.select(features)
+    curve = dict(selection.covering_curve(points=10))
+    assert 1 in curve
+    assert curve[40] == selection.radius
+    for size, radius in curve.items():
+        smallest = reference.nearest_neighbors(features, features[selection.indices[:size]], 1)[0]
+        assert radius == math.sqrt(smallest.max())
+    assert CoresetSampler(ratio=1).select(features).covering_curve() == [(70, 0.0)]  # all that is known
+    assert CoresetSampler(num_samples=1).select(features).covering_curve() == [(1, CoresetSampler(num_samples=1).select(features).radius)]
+
+
 def test_never_projects_up_and_auto_is_johnson_lindenstrauss(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
     project = ops.random_projection

@@ -236,3 +236,16 @@ def test_heat_map_takes_any_float_dtype(dtype: torch.dtype) -> None:
 def test_heat_map_refuses_what_it_cannot_show(anomaly_map: torch.Tensor, low: float, high: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         heat_map_image(PIL.Image.new("L", (4, 3)), anomaly_map, low, high)
+
+
+def test_covering_curve_is_drawn_when_there_is_one(tmp_path: Path) -> None:
+    text = page_of(tmp_path, [entry_of(1.0)], covering_curve=[(1, 8.0), (10, 4.0), (100, 1.0)])
+    points = re.search(r'<polyline points="([^"]*)"', text)
+    assert points is not None
+    places = [tuple(map(float, point.split(","))) for point in points.group(1).split()]
+    assert [x for x, _ in places] == sorted(x for x, _ in places)
+    assert places[1][0] - places[0][0] == pytest.approx(places[2][0] - places[1][0], abs=0.2)  # a logarithmic axis
+    assert [y for _, y in places] == sorted(y for _, y in places)  # downwards on the page
+    assert "100: 1<" in text
+    for nothing in ([], [(5, 1.0)]):
+        assert "<polyline" not in page_of(tmp_path, [entry_of(1.0)], covering_curve=nothing)
