@@ -17,7 +17,6 @@ import torch  # first: it loads libc10, which the native libraries need
 
 from ._version import __version__
 
-CPU_LEVELS = ("scalar", "avx2", "avx512")
 _HERE = Path(__file__).resolve().parent
 _REBUILD = "rebuild with `pip install --no-build-isolation -e .` in a checkout, or reinstall the package"
 

@@ -32,3 +32,10 @@ def test_files_named_in_code_style_exist(document: Path) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples_run(name: str) -> None:
     assert doctest.testmod(importlib.import_module(f"patchcore_ext.{name}")).failed == 0
+
+
+def test_readme_examples_on_made_up_features_run() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    runnable = [block for block in blocks if "bottle" not in block]  # the others need images of bottles
+    assert len(runnable) == 1
+    exec(compile(runnable[0], "README.md", "exec"), {})

@@ -17,7 +17,7 @@ std::string compiler() {
 }
 
 pybind11::list available_cpu_levels() {
-  const char* names[3];
+  const char* names[patchcore::kMostLevels];
   const int count = patchcore::available_levels(names);
   pybind11::list list;
   for (int i = 0; i < count; ++i) list.append(names[i]);
@@ -30,6 +30,6 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Native kernels of patchcore_ext; use them through patchcore_ext.ops.";
   module.def("version", [] { return PATCHCORE_EXT_VERSION; }, "Version of the sources this library was built from.");
   module.def("compiler", &compiler, "Compiler that built this library.");
-  module.def("cpu_level", [] { return patchcore::level().name; }, "Instruction-set level in use: scalar, avx2 or avx512.");
+  module.def("cpu_level", [] { return patchcore::level().name; }, "Instruction-set level in use: scalar, avx2, avxvnni or avx512.");
   module.def("available_cpu_levels", &available_cpu_levels, "Levels that this processor can run, slowest first.");
 }

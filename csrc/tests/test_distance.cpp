@@ -34,7 +34,7 @@ double by_the_book(const std::vector<double>& a, const std::vector<double>& b) {
 }  // namespace
 
 TEST(every_level_equals_the_definition_bit_for_bit) {
-  const char* names[3];
+  const char* names[kMostLevels];
   const int levels = available_levels(names);
   CHECK(levels >= 1);
   for (const int64_t dim : kDims) {
@@ -72,7 +72,7 @@ TEST(extreme_values_neither_overflow_nor_vanish) {
 }
 
 TEST(every_half_precision_value_widens_exactly_at_every_level) {
-  const char* names[3];
+  const char* names[kMostLevels];
   const int levels = available_levels(names);
   std::vector<uint16_t> all(65536);
   for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<uint16_t>(i);

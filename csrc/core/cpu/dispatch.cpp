@@ -11,6 +11,7 @@ bool processor_has(const Level& candidate) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (&candidate == &kAvx2Level) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  if (&candidate == &kAvxVnniLevel) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avxvnni");
   if (&candidate == &kAvx512Level) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
@@ -23,6 +24,7 @@ constexpr const Level* kLevels[] = {
     &kScalarLevel,
 #if defined(__x86_64__)
     &kAvx2Level,
+    &kAvxVnniLevel,
     &kAvx512Level,
 #endif
 };

@@ -1,7 +1,7 @@
 // The inner loops that exist once per instruction set, and the choice between them.
 //
 // A level is a table of functions. All levels give the same bits (distance.h); they differ in speed alone. The best level that the processor has is
-// chosen once, at the first call; the environment variable PATCHCORE_EXT_CPU_LEVEL (scalar, avx2 or avx512) forces a lower one.
+// chosen once, at the first call; the environment variable PATCHCORE_EXT_CPU_LEVEL (scalar, avx2, avxvnni or avx512) forces a lower one.
 #pragma once
 
 #include <cstdint>
@@ -54,13 +54,16 @@ const Level& level();
 // The level of that name, or nullptr when it is unknown, was not compiled for this machine, or the processor lacks it.
 const Level* find_level(const char* name);
 
-// Names of the levels this processor can run, slowest first; returns their number (at most 3).
+constexpr int kMostLevels = 4;
+
+// Names [kMostLevels] of the levels this processor can run, slowest first; returns their number.
 int available_levels(const char** names);
 
 // One table per source file.
 extern const Level kScalarLevel;
 #if defined(__x86_64__)
 extern const Level kAvx2Level;
+extern const Level kAvxVnniLevel;
 extern const Level kAvx512Level;
 #endif
 

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "cpu/dispatch.h"
+#include "cpu/level_avx2.h"
 
 // Everything below is compiled for AVX2; no function of a header may be instantiated here, or the linker could keep this copy for every processor.
 #pragma GCC push_options
@@ -11,14 +12,14 @@
 
 namespace patchcore {
 
-namespace {
+namespace avx2 {
 
-inline __m256d add_square(__m256d lane, const float* a, const float* b) {
+static inline __m256d add_square(__m256d lane, const float* a, const float* b) {
   const __m256d difference = _mm256_sub_pd(_mm256_cvtps_pd(_mm_loadu_ps(a)), _mm256_cvtps_pd(_mm_loadu_ps(b)));
   return _mm256_add_pd(lane, _mm256_mul_pd(difference, difference));
 }
 
-inline double squared_distance(const float* a, const float* b, int64_t dim) {
+static inline double squared_distance(const float* a, const float* b, int64_t dim) {
   __m256d lane0 = _mm256_setzero_pd(), lane4 = lane0, lane8 = lane0, lane12 = lane0;
   int64_t j = 0;
   for (; j + 16 <= dim; j += 16) {
@@ -64,30 +65,34 @@ void bfloat16_to_float(const uint16_t* in, int64_t count, float* out) {
 
 // Four codes of each of eight operands against four codes of a row: vpmaddubsw saturates, so both are widened to int16 and vpmaddwd leaves two
 // partial sums an operand, in `low` those of operands 0-3 and in `high` those of operands 4-7.
+namespace {
+
 struct PartialSums {
   __m256i low, high;
 };
 
-inline __m256i widen_row_word(const uint8_t* word) {
+}  // namespace
+
+static inline __m256i widen_row_word(const uint8_t* word) {
   int32_t codes;
   __builtin_memcpy(&codes, word, 4);
   return _mm256_cvtepu8_epi16(_mm_set1_epi32(codes));
 }
 
-inline void accumulate(PartialSums* sums, __m256i row, const int8_t* operands) {
+static inline void accumulate(PartialSums* sums, __m256i row, const int8_t* operands) {
   sums->low = _mm256_add_epi32(sums->low, _mm256_madd_epi16(row, _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(operands)))));
   sums->high =
       _mm256_add_epi32(sums->high, _mm256_madd_epi16(row, _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(operands + 16)))));
 }
 
 // Dot products of a row with eight operands of a tile.
-inline __m256i eight_dots(const uint8_t* row, const int8_t* operands, int64_t words) {
+static inline __m256i eight_dots(const uint8_t* row, const int8_t* operands, int64_t words) {
   PartialSums sums = {_mm256_setzero_si256(), _mm256_setzero_si256()};
   for (int64_t w = 0; w < words; ++w) accumulate(&sums, widen_row_word(row + 4 * w), operands + w * 4 * kTileOperands);
   return _mm256_permute4x64_epi64(_mm256_hadd_epi32(sums.low, sums.high), 0xd8);
 }
 
-inline uint64_t at_least(__m256i value, __m256i floor) {
+static inline uint64_t at_least(__m256i value, __m256i floor) {
   return 0xffu & ~static_cast<unsigned int>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(floor, value))));
 }
 
@@ -112,7 +117,7 @@ void scan_rows(const uint8_t* rows, int64_t stride, int64_t count, const int8_t*
   }
 }
 
-inline int32_t dot(const uint8_t* row, const int8_t* operand, int64_t words) {
+static inline int32_t dot(const uint8_t* row, const int8_t* operand, int64_t words) {
   __m256i sum = _mm256_setzero_si256();
   int64_t w = 0;
   for (; w + 4 <= words; w += 4) {
@@ -204,7 +209,9 @@ void multiply_matrix(const double* x, const double* matrix, int64_t dim, int64_t
   }
 }
 
-}  // namespace
+}  // namespace avx2
+
+using namespace avx2;
 
 const Level kAvx2Level = {"avx2", squared_distances, float16_to_float, bfloat16_to_float, scan_rows,      scan_tile,
                           dots,   int8_floors,       first_largest,    quantize,          multiply_matrix};

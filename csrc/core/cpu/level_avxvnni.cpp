@@ -1,0 +1,30 @@
+// AVX2 with the dot-product instruction of AVX-VNNI (Alder Lake and later without AVX-512); everything but the dot products is the AVX2 level's.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include "cpu/dispatch.h"
+#include "cpu/level_avx2.h"
+
+// Everything below is compiled for AVX-VNNI; no function of a header may be instantiated here, or the linker could keep this copy for every processor.
+#pragma GCC push_options
+#pragma GCC target("avx2,avxvnni")
+
+namespace patchcore {
+
+namespace {
+
+#define PATCHCORE_DPBUSD _mm256_dpbusd_avx_epi32
+#include "cpu/vnni256.inc"
+#undef PATCHCORE_DPBUSD
+
+}  // namespace
+
+const Level kAvxVnniLevel = {"avxvnni", avx2::squared_distances, avx2::float16_to_float, avx2::bfloat16_to_float, scan_rows, scan_tile,
+                             dots,      avx2::int8_floors,       avx2::first_largest,    avx2::quantize,          avx2::multiply_matrix};
+
+}  // namespace patchcore
+
+#pragma GCC pop_options
+
+#endif

@@ -1,0 +1,172 @@
+// The inner loops of every level (cpu/dispatch.h) against those of the scalar one, on codes of all values and lengths.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+
+#include "check.h"
+#include "cpu/dispatch.h"
+#include "cpu/level_avx2.h"
+#include "filter.h"
+
+using namespace patchcore;
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2,avx512f,avx512vl,avx512vnni")
+
+// The AVX-VNNI level's source, compiled for the same instruction as AVX-512 has it.
+namespace twin {
+
+#define PATCHCORE_DPBUSD _mm256_dpbusd_epi32
+#include "cpu/vnni256.inc"
+#undef PATCHCORE_DPBUSD
+
+}  // namespace twin
+
+#pragma GCC pop_options
+#endif
+
+namespace {
+
+std::vector<Level> levels() {
+  std::vector<Level> all;
+  const char* names[kMostLevels];
+  const int count = available_levels(names);
+  for (int i = 0; i < count; ++i) all.push_back(*find_level(names[i]));
+#if defined(__x86_64__)
+  if (find_level("avx512") != nullptr) {
+    Level level = *find_level("avx2");
+    level.name = "avxvnni, by AVX-512's instruction";
+    level.scan_rows = twin::scan_rows;
+    level.scan_tile = twin::scan_tile;
+    level.dots = twin::dots;
+    all.push_back(level);
+  }
+#endif
+  return all;
+}
+
+std::mt19937_64& generator() {
+  static std::mt19937_64 random(17);
+  return random;
+}
+
+// Codes of the whole range, with runs of the extremes: sums must neither saturate nor wrap.
+template <class T>
+std::vector<T> codes(int64_t count, int low, int high) {
+  std::vector<T> all(static_cast<size_t>(count));
+  const uint64_t kind = generator()() % 4;
+  for (T& code : all) {
+    const uint64_t word = generator()();
+    code = static_cast<T>(kind == 0 ? high : kind == 1 ? (word % 2 == 0 ? low : high) : low + static_cast<int>(word % static_cast<uint64_t>(high - low + 1)));
+  }
+  return all;
+}
+
+}  // namespace
+
+TEST(scans_and_dots_equal_the_scalar_level) {
+  const Level& scalar = *find_level("scalar");
+  for (const Level& level : levels()) {
+    for (const int64_t words : {1, 2, 3, 8, 12, 15, 16, 17, 32, 33, 384}) {
+      for (const int64_t count : {1, 2, 3, 4, 7, 48}) {
+        const std::vector<uint8_t> rows = codes<uint8_t>(count * 4 * words, 1, 255);
+        const std::vector<int8_t> tile = codes<int8_t>(4 * words * kTileOperands, -127, 127);
+        std::vector<int32_t> start(kTileOperands), floors(static_cast<size_t>(std::max(count, kTileOperands)));
+        for (int32_t& value : start) value = generator()() % 8 == 0 ? kInt8PaddingStart : static_cast<int32_t>(generator()() % 20000) - 10000;
+        for (int32_t& value : floors) value = static_cast<int32_t>(generator()() % 200000) - 100000;
+        std::vector<uint64_t> found(static_cast<size_t>(count)), expected(static_cast<size_t>(count));
+        level.scan_rows(rows.data(), 4 * words, count, tile.data(), start.data(), words, floors.data(), found.data());
+        scalar.scan_rows(rows.data(), 4 * words, count, tile.data(), start.data(), words, floors.data(), expected.data());
+        if (found != expected) std::cerr << level.name << " words " << words << " rows " << count << "\n";
+        CHECK(found == expected);
+        for (const int32_t offset : {0, 5000}) {
+          CHECK_EQ(level.scan_tile(rows.data(), tile.data(), start.data(), words, floors.data(), offset),
+                   scalar.scan_tile(rows.data(), tile.data(), start.data(), words, floors.data(), offset));
+        }
+        const int32_t which[] = {3, 0, 7, 3};
+        int32_t some[4], same[4];
+        level.dots(rows.data(), tile.data(), 4 * words, which, 4, words, some);
+        scalar.dots(rows.data(), tile.data(), 4 * words, which, 4, words, same);
+        CHECK(std::memcmp(some, same, sizeof some) == 0);
+      }
+    }
+  }
+}
+
+TEST(floors_equal_the_bounds_of_the_filter) {
+  std::vector<double> reach = {-INFINITY, -1.0, 0.0, 1e-300, 0.5, 3.25, 1000.0, 46340.0, 46341.0, 1e30, INFINITY, std::nan("")};
+  for (int i = 0; i < 500; ++i) reach.push_back(std::exp(static_cast<double>(generator()() % 20000) / 1000 - 8));
+  reach.resize(reach.size() / 8 * 8);
+  for (const Level& level : levels()) {
+    for (const double residual : {0.0, 0.7, 5.5, 90.0}) {
+      std::vector<int32_t> norms(reach.size()), found(reach.size());
+      for (int32_t& norm : norms) norm = static_cast<int32_t>(generator()() % (127 * 127 * 32768ll));
+      level.int8_floors(reach.data(), norms.data(), static_cast<int64_t>(reach.size()), residual, found.data());
+      for (size_t i = 0; i < reach.size(); ++i) CHECK_EQ(found[i], int8_floor(norms[i], int8_skip_limit(reach[i], residual)));
+    }
+  }
+}
+
+TEST(first_largest_is_the_first) {
+  for (const Level& level : levels()) {
+    for (const size_t count : {8u, 16u, 64u, 2048u}) {
+      std::vector<double> values(count);
+      for (int round = 0; round < 50; ++round) {
+        for (double& value : values) value = static_cast<double>(generator()() % (round % 2 == 0 ? 5 : 1000000)) - 1;
+        if (round == 7) std::fill(values.begin(), values.end(), -1.0);
+        if (round == 8) values[count - 1] = INFINITY;
+        const int64_t expected = std::max_element(values.begin(), values.end()) - values.begin();
+        CHECK_EQ(level.first_largest(values.data(), static_cast<int64_t>(count)), expected);
+      }
+    }
+  }
+}
+
+TEST(quantisation_gives_the_codes_of_the_filter) {
+  std::normal_distribution<double> normal;
+  for (const Level& level : levels()) {
+    for (const int64_t count : {1, 3, 4, 7, 8, 9, 48, 129}) {
+      for (const double scale : {1.0, 40.0, 1e5}) {
+        std::vector<double> coordinates(static_cast<size_t>(count));
+        for (double& value : coordinates) value = normal(generator());
+        coordinates[0] = 2.5 / scale;  // a half: to even
+        std::vector<uint8_t> found(static_cast<size_t>(count) + 1, 7);
+        double errors, expected_errors = 0;
+        int32_t expected_norm = 0;
+        const int32_t norm = level.quantize(coordinates.data(), count, scale, found.data(), &errors);
+        for (int64_t k = 0; k < count; ++k) {
+          const Int8Code code = int8_code(multiply(scale, coordinates[static_cast<size_t>(k)]));
+          CHECK_EQ(static_cast<int>(found[static_cast<size_t>(k)]), code.code + 128);
+          expected_norm += code.code * code.code;
+          expected_errors += code.error * code.error;
+        }
+        CHECK_EQ(static_cast<int>(found.back()), 7);
+        CHECK_EQ(norm, expected_norm);
+        CHECK(std::abs(errors - expected_errors) <= 1e-12 * expected_errors);
+      }
+    }
+  }
+}
+
+TEST(matrix_products_have_the_same_bits) {
+  std::normal_distribution<double> normal;
+  for (const Level& level : levels()) {
+    for (const int64_t outputs : {8, 40, 48, 56, 104}) {
+      std::vector<double> x(37), matrix(static_cast<size_t>(37 * outputs)), found(static_cast<size_t>(outputs)), expected(static_cast<size_t>(outputs));
+      for (double& value : x) value = normal(generator());
+      for (double& value : matrix) value = normal(generator());
+      level.multiply_matrix(x.data(), matrix.data(), 37, outputs, found.data());
+      find_level("scalar")->multiply_matrix(x.data(), matrix.data(), 37, outputs, expected.data());
+      CHECK(found == expected);
+    }
+  }
+}
+
+TEST_MAIN()
