@@ -43,7 +43,9 @@ def plain_loop(features: Tensor, picks: int, first: int) -> Tensor:
     source = Path(__file__).with_name("plain_loop.cpp")
     if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
         library.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["g++", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+        subprocess.run(
+            ["g++", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-shared", "-fPIC", "-o", str(library), str(source)], check=True
+        )
     indices = torch.empty(picks, dtype=torch.int64)
     count, dim = (ctypes.c_int64(size) for size in features.shape)
     ctypes.CDLL(str(library)).plain_loop(

@@ -19,7 +19,7 @@ def center_and_prefix(rows: Tensor) -> tuple[Tensor, Tensor]:
     themselves, so that no coordinate needs more of the codes' range than another; scaled so that the matrix is certainly a contraction.
 
     Args:
-        rows: ``[N, D]`` float32, float16 or bfloat16, N >= 1, finite.
+        rows: ``[N, D]`` float32, float16 or bfloat16, N >= 1.
 
     Returns:
         ``center`` float64 ``[D]``, a median, and ``matrix`` float64 ``[D, outputs]`` with no singular value above 1; outputs is 0 where D is small.
@@ -32,7 +32,7 @@ def center_and_prefix(rows: Tensor) -> tuple[Tensor, Tensor]:
         return center, center.new_zeros(dim, 0)
     deviations = sample - center
     scale = deviations.abs().max()
-    if not bool(scale > 0):
+    if not (bool(scale > 0) and bool(scale.isfinite())):  # all rows alike, or not finite: the caller's complaint comes later
         return center, center.new_zeros(dim, 0)
     deviations = deviations / scale  # the squares of 1e30 stay in range
     directions = torch.linalg.eigh(deviations.T @ deviations).eigenvectors.flip(1)[:, :_PREFIX]  # [D, outputs]

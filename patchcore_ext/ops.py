@@ -152,9 +152,8 @@ def coreset_codes(features: ArrayLike) -> Tensor:
     """
     op = "coreset_codes"
     rows = _checks.features(op, "features", features).detach()
-    bad = first_nonfinite_row(rows)
-    if bad >= 0:
-        raise ValueError(f"{op}: expected features to be finite, got NaN or infinity in row {bad} (the first such row).")
+    if rows.shape[0] == 0:
+        raise ValueError(f"{op}: expected features to have at least one row, got none.")
     with _checks.native_errors():
         codes: Tensor = _ops.coreset_codes(rows, *_rotation.center_and_prefix(rows))
     return codes

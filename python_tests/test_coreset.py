@@ -189,6 +189,8 @@ def test_codes_of_other_features_are_refused() -> None:
     for wrong in (ops.coreset_codes(features[:50]), ops.coreset_codes(features[:, :16]), torch.zeros(10, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="expected codes to come from coreset_codes of the same features"):
             ops.greedy_coreset(features, state, 2, wrong)
+    with pytest.raises(ValueError, match="coreset_codes: expected features to have at least one row"):
+        ops.coreset_codes(features[:0])
     features[3, 3] = float("nan")
     with pytest.raises(ValueError, match="coreset_codes: expected features to be finite, got NaN or infinity in row 3"):
         ops.coreset_codes(features)
