@@ -183,6 +183,24 @@ def test_codes_change_nothing(kind: str, dim: int, dtype: torch.dtype) -> None:
     assert torch.equal(states[1], states[0])
 
 
+def test_codes_of_strided_transposed_and_offset_storage() -> None:
+    wide = make_features("random", 5200, 150)
+    for view in (wide[::2, 3:120], wide[:140, :2100].T.contiguous().T.T[:, 5:], wide[100:2300].T.contiguous().T[:, 1:]):
+        expected = CoresetSampler(num_samples=60, projection_dim=None).select(view.contiguous())
+        assert_same(CoresetSampler(num_samples=60, projection_dim=None).select(view), expected)
+
+
+def test_flush_denormal_changes_no_pick() -> None:
+    features = make_features("random", 2500, 9) * 1e-41
+    expected = CoresetSampler(num_samples=60).select(features)
+    assert expected.distances[30] > 0
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    found = CoresetSampler(num_samples=60).select(features)
+    torch.set_flush_denormal(False)
+    assert_same(found, expected)
+
+
 def test_codes_of_other_features_are_refused() -> None:
     features = make_features("random", 100, 20)
     state = torch.full((100,), float("inf"), dtype=torch.float64)

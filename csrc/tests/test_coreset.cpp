@@ -355,9 +355,11 @@ TEST(flush_to_zero_of_the_caller_changes_nothing) {
     const unsigned int before = _mm_getcsr();
     _mm_setcsr(before | 0x8040);  // flush to zero, denormals are zero
     const Result flushed = select(set.rows, 20, 20, serial());
+    const Result batched = select_batched(set.rows, 2, 20, 20, {32, 1, 0}, serial());
     const bool restored = _mm_getcsr() == (before | 0x8040);
     _mm_setcsr(before);
     CHECK(flushed == expected);
+    CHECK(batched == expected);
     CHECK(restored);
     if (set.name == "subnormal") CHECK(expected.squared_distances[5] > 0);  // there was something to lose
   }

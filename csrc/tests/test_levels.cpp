@@ -64,7 +64,9 @@ std::vector<T> codes(int64_t count, int low, int high) {
   const uint64_t kind = generator()() % 4;
   for (T& code : all) {
     const uint64_t word = generator()();
-    code = static_cast<T>(kind == 0 ? high : kind == 1 ? (word % 2 == 0 ? low : high) : low + static_cast<int>(word % static_cast<uint64_t>(high - low + 1)));
+    code = static_cast<T>(kind == 0   ? high
+                          : kind == 1 ? (word % 2 == 0 ? low : high)
+                                      : low + static_cast<int>(word % static_cast<uint64_t>(high - low + 1)));
   }
   return all;
 }
@@ -159,7 +161,8 @@ TEST(matrix_products_have_the_same_bits) {
   std::normal_distribution<double> normal;
   for (const Level& level : levels()) {
     for (const int64_t outputs : {8, 40, 48, 56, 104}) {
-      std::vector<double> x(37), matrix(static_cast<size_t>(37 * outputs)), found(static_cast<size_t>(outputs)), expected(static_cast<size_t>(outputs));
+      std::vector<double> x(37), matrix(static_cast<size_t>(37 * outputs)), found(static_cast<size_t>(outputs)),
+          expected(static_cast<size_t>(outputs));
       for (double& value : x) value = normal(generator());
       for (double& value : matrix) value = normal(generator());
       level.multiply_matrix(x.data(), matrix.data(), 37, outputs, found.data());

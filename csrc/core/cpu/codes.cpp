@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/float_environment.h"
 #include "cpu/rows.h"
 #include "filter.h"
 
@@ -96,6 +97,7 @@ int64_t pack_codes_workspace_bytes(const Rows& rows, int64_t coordinates, const 
 }
 
 void pack_codes_cpu(const Rows& rows, const double* center, const Contraction* contraction, const Parallel& parallel, void* workspace, Codes* out) {
+  const FloatEnvironment ieee;  // the sample is taken on the caller's thread
   const int64_t coordinates = contraction == nullptr ? rows.dim : contraction->outputs + 1;
   Packer packer = {rows, center, contraction, coordinates};
   double* sample = static_cast<double*>(workspace);

@@ -6,7 +6,8 @@
 #include "cpu/dispatch.h"
 #include "cpu/level_avx2.h"
 
-// Everything below is compiled for AVX-VNNI; no function of a header may be instantiated here, or the linker could keep this copy for every processor.
+// Everything below is compiled for AVX-VNNI; no function of a header may be instantiated here, or the linker could keep this copy for every
+// processor.
 #pragma GCC push_options
 #pragma GCC target("avx2,avxvnni")
 
@@ -20,8 +21,8 @@ namespace {
 
 }  // namespace
 
-const Level kAvxVnniLevel = {"avxvnni", avx2::squared_distances, avx2::float16_to_float, avx2::bfloat16_to_float, scan_rows, scan_tile,
-                             dots,      avx2::int8_floors,       avx2::first_largest,    avx2::quantize,          avx2::multiply_matrix};
+const Level kAvxVnniLevel = {"avxvnni",         avx2::squared_distances, avx2::float16_to_float, avx2::bfloat16_to_float, scan_rows, scan_tile, dots,
+                             avx2::int8_floors, avx2::first_largest,     avx2::quantize,         avx2::multiply_matrix};
 
 }  // namespace patchcore
 

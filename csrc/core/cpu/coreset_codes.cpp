@@ -1,0 +1,68 @@
+// The int8 copy of the rows that the batched coreset works with: a header, the codes of the prefix where there is one, the codes of all coordinates.
+#include <algorithm>
+#include <cstring>
+
+#include "coreset.h"
+#include "cpu/codes.h"
+
+namespace patchcore {
+
+namespace {
+
+struct Header {
+  double prefix_scale, full_scale;
+  int64_t prefix_words, full_words;  // no prefix: 0 words
+  char padding[32];
+};
+static_assert(sizeof(Header) == 64, "the codes behind the header must stay aligned");
+
+}  // namespace
+
+int64_t coreset_codes_bytes(const Rows& rows, const CoresetRotation& rotation) {
+  const int64_t prefix = rotation.outputs == 0 ? 0 : codes_bytes(rows.count, code_words(rotation.outputs + 1));
+  return static_cast<int64_t>(sizeof(Header)) + prefix + codes_bytes(rows.count, code_words(rows.dim));
+}
+
+int64_t coreset_codes_workspace_bytes(const Rows& rows, const CoresetRotation& rotation, const Parallel& parallel) {
+  return pack_codes_workspace_bytes(rows, std::max(rows.dim, rotation.columns + 1), parallel);
+}
+
+void pack_coreset_codes_cpu(const Rows& rows, const CoresetRotation& rotation, const Parallel& parallel, void* workspace, void* codes) {
+  Header header = {};
+  char* memory = static_cast<char*>(codes) + sizeof(Header);
+  if (rotation.outputs > 0) {
+    header.prefix_words = code_words(rotation.outputs + 1);
+    Codes prefix = codes_at(rows.count, header.prefix_words, 1, memory);
+    const Contraction contraction = {rows.dim, rotation.outputs, rotation.columns, rotation.matrix};
+    pack_codes_cpu(rows, rotation.center, &contraction, parallel, workspace, &prefix);
+    header.prefix_scale = prefix.scale;
+    memory += codes_bytes(rows.count, header.prefix_words);
+  }
+  header.full_words = code_words(rows.dim);
+  Codes full = codes_at(rows.count, header.full_words, 1, memory);
+  pack_codes_cpu(rows, rotation.center, nullptr, parallel, workspace, &full);
+  header.full_scale = full.scale;
+  std::memcpy(codes, &header, sizeof(Header));
+}
+
+void coreset_codes_inside(const Rows& rows, const void* codes, Codes* prefix, Codes* full) {
+  Header header;
+  std::memcpy(&header, codes, sizeof(Header));
+  char* memory = const_cast<char*>(static_cast<const char*>(codes)) + sizeof(Header);  // read only: Codes serves the packer as well
+  if (header.prefix_words > 0) {
+    *prefix = codes_at(rows.count, header.prefix_words, header.prefix_scale, memory);
+    memory += codes_bytes(rows.count, header.prefix_words);
+  }
+  *full = codes_at(rows.count, header.full_words, header.full_scale, memory);
+}
+
+bool coreset_codes_fit(const Rows& rows, const void* codes, int64_t bytes) {
+  Header header;
+  if (bytes < static_cast<int64_t>(sizeof(Header))) return false;
+  std::memcpy(&header, codes, sizeof(Header));
+  if (header.full_words != code_words(rows.dim) || header.prefix_words < 0 || header.prefix_words > header.full_words) return false;
+  const int64_t prefix = header.prefix_words == 0 ? 0 : codes_bytes(rows.count, header.prefix_words);
+  return bytes == static_cast<int64_t>(sizeof(Header)) + prefix + codes_bytes(rows.count, header.full_words);
+}
+
+}  // namespace patchcore
