@@ -1,6 +1,8 @@
 // Random projection (projection.h) against its definition.
 #include "projection.h"
 
+#include <utility>
+
 #include "check.h"
 #include "data.h"
 
@@ -47,15 +49,15 @@ Status project(const Rows& rows, const ProjectionMatrix& matrix, const Parallel&
 }  // namespace
 
 TEST(projection_equals_its_definition_with_all_zeros_included) {
-  for (const double density : {0.05, 0.5, 1.0}) {
+  for (const auto& [density, outputs] : {std::pair{0.05, 9}, std::pair{0.5, 9}, std::pair{1.0, 9}, std::pair{1.0, 56}}) {
     for (const int64_t dim : {1, 5, 40}) {
-      const Matrix matrix = random_matrix(dim, 9, density);
+      const Matrix matrix = random_matrix(dim, outputs, density);
       for (data::Set& set : data::sets(20, dim)) {
         const Rows& rows = data::rows_of(set);
         std::vector<float> expected;
         for (int64_t i = 0; i < rows.count; ++i) {
           const std::vector<double> x = data::widened(rows, i);
-          for (int64_t j = 0; j < 9; ++j) {
+          for (int64_t j = 0; j < outputs; ++j) {
             double sum = 0;
             for (int64_t k = 0; k < dim; ++k) {
               volatile double product = x[static_cast<size_t>(k)] * matrix.dense[static_cast<size_t>(j * dim + k)];
