@@ -28,7 +28,7 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja pybind11
 	touch $@
 
-$(VENV)/built: $(VENV)/installed setup.py pyproject.toml patchcore_ext/_version.py $(filter-out csrc/tests/%,$(CXX_FILES))
+$(VENV)/built: $(VENV)/installed setup.py pyproject.toml patchcore_ext/_version.py $(filter-out csrc/tests/%,$(CXX_FILES)) $(wildcard csrc/core/cpu/*.inc)
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 

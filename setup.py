@@ -34,7 +34,7 @@ def sources(*patterns: str) -> list[str]:
 
 def headers() -> list[str]:
     """Everything that a changed header should rebuild."""
-    return sources("csrc/core/**/*.h", "csrc/core/**/*.cuh", "csrc/bindings/*.h")
+    return sources("csrc/core/**/*.h", "csrc/core/**/*.inc", "csrc/core/**/*.cuh", "csrc/bindings/*.h")
 
 
 def cpu_extension() -> Extension:
