@@ -9,7 +9,7 @@ from . import _random
 
 _SAMPLE_ROWS = 4096
 _PREFIX = 47  # with the norm of the rest as one more coordinate: 48 codes, twelve words
-_SMALLEST_DIM = 96  # below, a prefix saves nothing
+_PREFIX_DIMS = range(96, 4097)  # below, a prefix saves nothing; above, the eigendecomposition costs more than it saves
 
 
 def center_and_prefix(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,13 +22,13 @@ def center_and_prefix(rows: Tensor) -> tuple[Tensor, Tensor]:
         rows: ``[N, D]`` float32, float16 or bfloat16, N >= 1.
 
     Returns:
-        ``center`` float64 ``[D]``, a median, and ``matrix`` float64 ``[D, outputs]`` with no singular value above 1; outputs is 0 where D is small.
+        ``center`` float64 ``[D]``, a median, and ``matrix`` float64 ``[D, outputs]`` with no singular value above 1; outputs is 0 where D is small or very large.
     """
     step = max(1, rows.shape[0] // _SAMPLE_ROWS)
     sample = rows[::step][:_SAMPLE_ROWS].double()  # [S, D]
     center = sample.median(0).values
     dim = rows.shape[1]
-    if dim < _SMALLEST_DIM:
+    if dim not in _PREFIX_DIMS:
         return center, center.new_zeros(dim, 0)
     deviations = sample - center
     scale = deviations.abs().max()

@@ -234,7 +234,7 @@ class CoresetSampler:
                 seconds = time.perf_counter() - began
                 done += size
                 bar.update(size)
-                if self.radius is not None and float(slices[-1][1][-1]) <= self.radius**2:
+                if self.radius is not None and float(slices[-1][1][-1]) <= self.radius * self.radius:
                     break  # surely reached; _stop_at_radius finds the place
                 size = max(1, min(2 * size, int(size * _SLICE_SECONDS / max(seconds, 1e-6))))
         return slices

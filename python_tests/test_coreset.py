@@ -214,6 +214,42 @@ def test_codes_of_other_features_are_refused() -> None:
         ops.coreset_codes(features)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), -2.0, -float("inf")])
+def test_states_that_are_no_squared_distances_are_refused(bad: float) -> None:
+    features = make_features("random", 64, 20)
+    for codes in (None, ops.coreset_codes(features)):
+        state = torch.full((64,), float("inf"), dtype=torch.float64)
+        state[5] = bad
+        with pytest.raises(ValueError, match=r"expected min_distances to hold squared distances, or -1 for picks, got \S+ in row 5"):
+            ops.greedy_coreset(features, state, 1, codes)
+
+
+def test_a_prefix_that_is_no_contraction_is_refused() -> None:
+    features, center = make_features("random", 64, 20), torch.zeros(20, dtype=torch.float64)
+    good = torch.eye(20, 8, dtype=torch.float64)
+    torch.ops.patchcore_ext.coreset_codes(features, center, good)
+    for wrong in (1.01 * good, good + 0.1, torch.full_like(good, float("nan"))):
+        with pytest.raises(RuntimeError, match="expected prefix to be a contraction"):
+            torch.ops.patchcore_ext.coreset_codes(features, center, wrong)
+
+
+def test_damaged_codes_are_refused() -> None:
+    features = make_features("random", 64, 20)
+    codes = ops.coreset_codes(features)
+    state = torch.full((64,), float("inf"), dtype=torch.float64)
+    shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), codes])[1:]
+    with pytest.raises(ValueError, match="expected codes to be aligned to 64 bytes"):
+        ops.greedy_coreset(features, state, 1, shifted)
+    damaged = codes.clone()
+    damaged[-256:] = 255  # the residuals are the last: NaN
+    with pytest.raises(ValueError, match="expected codes to come from coreset_codes"):
+        ops.greedy_coreset(features, state, 1, damaged)
+
+
+def test_a_huge_radius_keeps_one_row() -> None:
+    assert len(CoresetSampler(radius=1e200).select(make_features("random", 10, 4)).indices) == 1
+
+
 def test_memory_beside_the_features_is_at_most_three_quarters() -> None:
     for dim in (4, 16, 64, 128, 384):
         features = make_features("random", 3000, dim)

@@ -139,6 +139,23 @@ void update_min_distances(const Tensor& features, const Tensor& centers, Tensor 
   if (status != Status::kOk) explain_nonfinite(op, {{"features", &input.rows}, {"centers", &added.rows}});
 }
 
+// A prefix that enlarged distances would make the filter drop pairs that matter. By Gershgorin no singular value exceeds 1 when no row of |A^T A|
+// sums to more.
+void check_contraction(const double* matrix, int64_t dim, int64_t outputs, const char* op) {
+  constexpr int64_t kMostOutputs = 256;  // bounds the time of this check; 47 are in use
+  if (outputs > kMostOutputs) fail(op, ": expected prefix to have at most ", kMostOutputs, " columns, got ", outputs, ".");
+  for (int64_t a = 0; a < outputs; ++a) {
+    double sum = 0;
+    for (int64_t b = 0; b < outputs; ++b) {
+      double product = 0;
+      for (int64_t j = 0; j < dim; ++j) product += matrix[j * outputs + a] * matrix[j * outputs + b];
+      sum += product < 0 ? -product : product;
+    }
+    if (!(sum <= 1))
+      fail(op, ": expected prefix to be a contraction (each row of |A^T A| sums to at most 1), got a sum of ", sum, " in row ", a, ".");
+  }
+}
+
 Tensor coreset_codes(const Tensor& features, const Tensor& center, const Tensor& prefix) {
   const char* op = "coreset_codes";
   const Feature input = features_of(features, op, "features");
@@ -156,6 +173,7 @@ Tensor coreset_codes(const Tensor& features, const Tensor& center, const Tensor&
   for (int64_t j = 0; j < dim; ++j) {
     for (int64_t o = 0; o < outputs; ++o) matrix[static_cast<size_t>(j * columns + o)] = values[j * outputs + o];
   }
+  check_contraction(values, dim, outputs, op);
   const CoresetRotation rotation = {static_cast<const double*>(center.const_data_ptr()), outputs, columns, matrix.data()};
   const Parallel parallel = torch_threads(input.rows.count * dim * (columns + 1));
   if (first_nonfinite_row_cpu(input.rows, parallel) >= 0) explain_nonfinite(op, {{"features", &input.rows}});
@@ -170,6 +188,8 @@ Tensor coreset_codes(const Tensor& features, const Tensor& center, const Tensor&
 void check_codes(const Tensor& codes, const Rows& rows, const char* op) {
   if (codes.dim() != 1) fail(op, ": expected codes to come from coreset_codes, got shape ", shape_of(codes), ".");
   check_vector(codes, ScalarType::Byte, codes.size(0), op, "codes", "uint8");
+  if (reinterpret_cast<uintptr_t>(codes.const_data_ptr()) % 64 != 0)
+    fail(op, ": expected codes to be aligned to 64 bytes; pass what coreset_codes gave.");
   if (!coreset_codes_fit(rows, codes.const_data_ptr(), codes.size(0))) {
     fail(op, ": expected codes to come from coreset_codes of the same features, got ", codes.size(0), " bytes of others.");
   }
@@ -199,7 +219,12 @@ std::tuple<Tensor, Tensor> greedy_coreset(const Tensor& features, Tensor min_dis
   check_vector(min_distances, ScalarType::Double, input.rows.count, op, "min_distances", "float64");
   double* state = static_cast<double*>(min_distances.mutable_data_ptr());
   int64_t open = 0;
-  for (int64_t i = 0; i < input.rows.count; ++i) open += state[i] != kPicked;
+  for (int64_t i = 0; i < input.rows.count; ++i) {
+    if (!(state[i] >= 0 || state[i] == kPicked)) {  // NaN too: it has no place in the order of picks
+      fail(op, ": expected min_distances to hold squared distances, or -1 for picks, got ", state[i], " in row ", i, ".");
+    }
+    open += state[i] != kPicked;
+  }
   if (count < 0 || count > open) fail(op, ": expected count to lie in [0, ", open, "], the rows not yet picked, got ", count, ".");
   Tensor indices = empty({count}, ScalarType::Long);
   Tensor squared_distances = empty({count}, ScalarType::Double);

@@ -53,7 +53,8 @@ int64_t coreset_codes_workspace_bytes(const Rows& rows, const CoresetRotation& r
 // Makes the int8 copy: codes [coreset_codes_bytes], 64-byte aligned. The rows must be finite.
 void pack_coreset_codes_cpu(const Rows& rows, const CoresetRotation& rotation, const Parallel& parallel, void* workspace, void* codes);
 
-// Whether `codes`, of that many bytes, can be the codes of such rows (their sizes fit; the contents are the caller's word).
+// Whether `codes`, of that many bytes, can be the codes of such rows: sizes fit, and norms and residuals are such as the filter relies on. That they
+// are of these very rows is the caller's word.
 bool coreset_codes_fit(const Rows& rows, const void* codes, int64_t bytes);
 
 // How to run; the result does not depend on it. 0: decided by the algorithm.

@@ -1,9 +1,11 @@
 // The int8 copy of the rows that the batched coreset works with: a header, the codes of the prefix where there is one, the codes of all coordinates.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "coreset.h"
 #include "cpu/codes.h"
+#include "filter.h"
 
 namespace patchcore {
 
@@ -15,6 +17,14 @@ struct Header {
   char padding[32];
 };
 static_assert(sizeof(Header) == 64, "the codes behind the header must stay aligned");
+
+// What the filter's arithmetic relies on: a usable scale, norms of int8 codes, residuals that are numbers.
+bool plausible(const Codes& codes, int64_t count) {
+  const int64_t largest_norm = int64_t{kMaxCode} * kMaxCode * 4 * codes.words;
+  bool good = codes.scale > 0 && codes.scale < INFINITY;
+  for (int64_t r = 0; r < count; ++r) good &= codes.squared_norms[r] >= 0 && codes.squared_norms[r] <= largest_norm && codes.residuals[r] >= 0;
+  return good;
+}
 
 }  // namespace
 
@@ -60,9 +70,13 @@ bool coreset_codes_fit(const Rows& rows, const void* codes, int64_t bytes) {
   Header header;
   if (bytes < static_cast<int64_t>(sizeof(Header))) return false;
   std::memcpy(&header, codes, sizeof(Header));
-  if (header.full_words != code_words(rows.dim) || header.prefix_words < 0 || header.prefix_words > header.full_words) return false;
-  const int64_t prefix = header.prefix_words == 0 ? 0 : codes_bytes(rows.count, header.prefix_words);
-  return bytes == static_cast<int64_t>(sizeof(Header)) + prefix + codes_bytes(rows.count, header.full_words);
+  if (rows.dim > kMaxFilterDim || header.full_words != code_words(rows.dim) || header.prefix_words < 0 || header.prefix_words > header.full_words)
+    return false;
+  const int64_t prefix_bytes = header.prefix_words == 0 ? 0 : codes_bytes(rows.count, header.prefix_words);
+  if (bytes != static_cast<int64_t>(sizeof(Header)) + prefix_bytes + codes_bytes(rows.count, header.full_words)) return false;
+  Codes prefix, full;
+  coreset_codes_inside(rows, codes, &prefix, &full);
+  return plausible(full, rows.count) && (prefix.words == 0 || plausible(prefix, rows.count));
 }
 
 }  // namespace patchcore
