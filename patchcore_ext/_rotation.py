@@ -22,7 +22,7 @@ def center_and_prefix(rows: Tensor) -> tuple[Tensor, Tensor]:
         rows: ``[N, D]`` float32, float16 or bfloat16, N >= 1.
 
     Returns:
-        ``center`` float64 ``[D]``, a median, and ``matrix`` float64 ``[D, outputs]`` with no singular value above 1; outputs is 0 where D is small or very large.
+        ``center`` float64 ``[D]``, a median, and ``matrix`` float64 ``[D, outputs]`` with no singular value above 1; outputs is 0 where D is small or huge.
     """
     step = max(1, rows.shape[0] // _SAMPLE_ROWS)
     sample = rows[::step][:_SAMPLE_ROWS].double()  # [S, D]
