@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .feature_sets import DIM, path_of, real_source
-from .harness import CACHE, ROOT, run_worker, summary, write_results
+from .harness import CACHE, ROOT, machine, read_rows, run_worker, summary, write_results
 
 WORKER = "benchmarks.coreset_methods"
 TUNED = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000", "MALLOC_TOP_PAD_": "500000000"}
@@ -93,6 +93,15 @@ def plan(quick: bool) -> list[tuple[str, int, int, list[tuple[str, int]]]]:
     return cases
 
 
+def merged(new: list[dict[str, Any]], old: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The old rows with those of the new ones' case replaced, in their place; new rows name their own commit."""
+    case = (new[0]["set"], new[0]["rows"], new[0]["picks"])
+    same = [(row["set"], row["rows"], row["picks"]) == case for row in old]
+    place = same.index(True) if any(same) else len(old)
+    kept = [row for row, replaced in zip(old, same, strict=True) if not replaced]
+    return [*kept[:place], *({**row, "commit": machine()["commit"]} for row in new), *kept[place:]]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: seconds, and how many times longer than ours on one thread."""
     lines = ["| set | rows | picks | method | threads | seconds | x ours (1 thread) | extra MB |", "|---|---|---|---|---|---|---|---|"]
@@ -145,11 +154,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Coreset selection against what people use.")
     parser.add_argument("--quick", action="store_true", help="a minute's worth; writes no files")
     parser.add_argument("--peers", metavar="PYTHON", help="interpreter of an environment with anomalib")
+    parser.add_argument("--only", type=int, metavar="CASE", help="run this case of the plan alone (0 is the first) and put its rows into the results there are")
     parser.add_argument("--repeats", type=int, default=5, help="runs of ours; the median counts")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for name, count, picks, methods in plan(arguments.quick):
+    cases = plan(arguments.quick)
+    for name, count, picks, methods in cases if arguments.only is None else [cases[arguments.only]]:
         rows += bench(name, count, picks, methods, arguments.peers, 3 if arguments.quick else arguments.repeats)
+    if arguments.only is not None:
+        rows = merged(rows, read_rows("coreset"))
     print(table(rows))
     if not arguments.quick:
         note = f"Real rows: {real_source()}, projected to {DIM} dimensions. Ours includes the rotation and the packing of the int8 copy."

@@ -60,6 +60,13 @@ def summary(seconds: list[float]) -> dict[str, float]:
     return {"median": median(seconds), "iqr": three - quarter}
 
 
+def read_rows(name: str) -> list[dict[str, Any]]:
+    """Rows of ``benchmarks/results/<name>.json``, or none."""
+    path = RESULTS / f"{name}.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return rows
+
+
 def write_results(name: str, rows: list[dict[str, Any]], note: str) -> Path:
     """``benchmarks/results/<name>.json``."""
     RESULTS.mkdir(parents=True, exist_ok=True)
