@@ -81,7 +81,7 @@ TEST(scans_and_dots_equal_the_scalar_level) {
         const std::vector<uint8_t> rows = codes<uint8_t>(count * 4 * words, 1, 255);
         const std::vector<int8_t> tile = codes<int8_t>(4 * words * kTileOperands, -127, 127);
         std::vector<int32_t> start(kTileOperands), floors(static_cast<size_t>(std::max(count, kTileOperands)));
-        for (int32_t& value : start) value = generator()() % 8 == 0 ? kInt8PaddingStart : static_cast<int32_t>(generator()() % 20000) - 10000;
+        for (int32_t& value : start) value = generator()() % 8 == 0 ? -(1 << 30) : static_cast<int32_t>(generator()() % 20000) - 10000;
         for (int32_t& value : floors) value = static_cast<int32_t>(generator()() % 200000) - 100000;
         std::vector<uint64_t> found(static_cast<size_t>(count)), expected(static_cast<size_t>(count));
         level.scan_rows(rows.data(), 4 * words, count, tile.data(), start.data(), words, floors.data(), found.data());
