@@ -17,7 +17,7 @@ INFINITY = float("inf")
 
 
 def state_of(rows: Tensor) -> Tensor:
-    return torch.full((rows.shape[0],), INFINITY, dtype=torch.float64)
+    return torch.full((rows.shape[0],), INFINITY, dtype=torch.float64, device=rows.device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -87,18 +87,7 @@ def test_default_device_and_dtype_change_nothing() -> None:
     expected = run_everything(features)
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
-    found = [value.cpu() for value in run_everything_on_cpu(features)]
-    assert_same(found, expected)
-
-
-def run_everything_on_cpu(features: Tensor) -> list[Tensor]:
-    """``run_everything`` with the test's own tensors kept on the CPU; those that the ops make are theirs to place."""
-    state = torch.full((features.shape[0],), INFINITY, dtype=torch.float64, device="cpu")
-    picks = ops.greedy_coreset(features, state, 20)
-    squared, rows = ops.nearest_neighbors(features[:24], features, 3)
-    scores = ops.image_scores(squared[:, :1].reshape(2, 12), rows[:, :1].reshape(2, 12), features[:24], features[5:], 9)
-    projected = ops.random_projection(features, torch.from_numpy(_random.gaussian_projection_matrix(features.shape[1], 5, seed=1)))
-    return [state, *picks, squared, rows, scores, projected]
+    assert_same(run_everything(features), expected)
 
 
 def test_flush_denormal_changes_nothing() -> None:

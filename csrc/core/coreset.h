@@ -35,7 +35,7 @@ Status greedy_coreset_cpu(const Rows& rows, int64_t count, const Parallel& paral
 // rows by all accepted picks. The result is the sequential one, whatever B; a tie that would fall outside is excluded by the total order.
 //
 // In a pass and among the candidates, pairs are discarded by integer dot products of int8 codes (filter.h): first of a short prefix of a rotation,
-// then of all coordinates; what is left, about one pair in two thousand on real features, is evaluated canonically. Where codes cannot discard
+// then of all coordinates; what is left, about one pair in 1,600 on real features, is evaluated canonically. Where codes cannot discard
 // (unstructured data), the prefix is dropped; where candidates stay few (tight clusters), B grows.
 
 // The prefix of a rotation that comes first in the filter, as a contraction of x - center (filter.h, section 7). outputs = 0: no prefix.
