@@ -110,12 +110,13 @@ def choice(op: str, argument: str, value: object, choices: tuple[str, ...]) -> s
 
 
 @contextlib.contextmanager
-def native_errors() -> Iterator[None]:
-    """Turns the kernels' own complaints (a RuntimeError with our mark) into ValueError with the sentence alone."""
+def native_errors(op: str | None = None) -> Iterator[None]:
+    """Turns the kernels' own complaints (a RuntimeError with our mark) into ValueError with the sentence alone, in the name of ``op`` if given."""
     try:
         yield
     except RuntimeError as error:
         _, mark, sentence = str(error).partition(_ERROR_MARK)
         if not mark:
             raise
-        raise ValueError(sentence.split("\n", 1)[0]) from None
+        line = sentence.split("\n", 1)[0]
+        raise ValueError(line if op is None else f"{op}:{line.partition(':')[2]}") from None

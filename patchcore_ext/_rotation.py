@@ -1,4 +1,4 @@
-"""The short prefix of a rotation by which the coreset's filter looks first (csrc/core/filter.h, section 7)."""
+"""Prefixes of rotations by which the filters of the coreset and of the search look first (csrc/core/filter.h, sections 7 and 8)."""
 
 from __future__ import annotations
 
@@ -41,3 +41,72 @@ def center_and_prefix(rows: Tensor) -> tuple[Tensor, Tensor]:
     # Gershgorin: the largest singular value squared is at most the largest row sum of |A^T A|. Its own rounding is covered by 1e-9.
     bound = (matrix.T @ matrix).abs().sum(1).max()
     return center, matrix / (bound.sqrt() * (1 + 1e-9))
+
+
+_SHORT, _LONG = 63, 191  # with the norm of the rest as one more coordinate: 64 and 192 codes
+_PREPARED_ROWS = 2048  # below, scanning all coordinates is as fast
+_PREPARED_DIMS = range(192, 8193)
+_POWER_STEPS = 6
+_UNIT = 2**14
+
+
+def center_alone(bank: Tensor) -> tuple[Tensor, Tensor, int]:
+    """As :func:`center_and_prefixes`, without prefixes: for a bank that is used once."""
+    step = max(1, bank.shape[0] // _SAMPLE_ROWS)
+    center = bank[::step][:_SAMPLE_ROWS].double().median(0).values
+    return center, center.new_zeros((0, bank.shape[1]), dtype=torch.int16), 0
+
+
+def center_and_prefixes(bank: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Where the rows of a memory bank are, and its two prefixes.
+
+    The choice decides how much the search has to look at, never what it finds. Both prefixes span leading principal directions of a sample, found by subspace
+    iteration, each turned at random within itself.
+
+    Args:
+        bank: ``[M, D]`` float32, float16 or bfloat16, M >= 1.
+
+    Returns:
+        ``center`` float64 ``[D]``, a median; ``matrix`` int16 ``[short + long, D]``, whose two parts divided by 2^14 have no singular value above 1; and short.
+        The matrix is empty where a prefix would not pay.
+    """
+    center, none, _ = center_alone(bank)
+    dim = bank.shape[1]
+    if dim not in _PREPARED_DIMS or bank.shape[0] < _PREPARED_ROWS:
+        return center, none, 0
+    deviations = bank[:: max(1, bank.shape[0] // _SAMPLE_ROWS)][:_SAMPLE_ROWS].double() - center  # [S, D]
+    scale = deviations.abs().max()
+    if not (bool(scale > 0) and bool(scale.isfinite())):
+        return center, none, 0
+    short, long = _SHORT, min(_LONG, dim // 2)
+    directions = _principal_directions((deviations / scale).float(), long)  # [D, long]
+    parts = [_integer_contraction(directions[:, :count], seed) for seed, count in enumerate((short, long))]
+    return center, torch.cat(parts), short
+
+
+def _principal_directions(deviations: Tensor, count: int) -> Tensor:
+    """The leading ``count`` eigenvectors ``[D, count]`` of deviations^T deviations, largest first, to the few digits that are of use here."""
+    dim = deviations.shape[1]
+    with torch.autocast(deviations.device.type, enabled=False):
+        covariance = (deviations.T @ deviations).double()  # [D, D]
+    start = torch.from_numpy(_random.gaussian_projection_matrix(dim, min(count + 16, dim), seed=2)).T
+    basis = torch.linalg.qr(start).Q  # [D, count + 16]
+    for _ in range(_POWER_STEPS):
+        basis = torch.linalg.qr(covariance @ basis).Q
+    vectors = torch.linalg.eigh(basis.T @ covariance @ basis).eigenvectors.flip(1)[:, :count]
+    directions: Tensor = basis @ vectors
+    return directions
+
+
+def _integer_contraction(directions: Tensor, seed: int) -> Tensor:
+    """int16 ``[outputs, D]``: the directions turned among themselves, times 2^14 and a little less, so that each row of |A A^T| sums to at most 2^28."""
+    outputs = directions.shape[1]
+    mixing = torch.from_numpy(_random.gaussian_projection_matrix(outputs, outputs, seed=seed))
+    rows = (directions @ torch.linalg.qr(mixing).Q).T  # [outputs, D]
+    factor = 1.0
+    while True:
+        matrix: Tensor = (rows * (_UNIT * factor)).round()
+        bound = float((matrix @ matrix.T).abs().sum(1).max()) / _UNIT**2
+        if bound <= 1:
+            return matrix.to(torch.int16)
+        factor *= 0.9999 / bound**0.5

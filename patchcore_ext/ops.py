@@ -10,6 +10,8 @@ Gradients: the functional ops raise NotImplementedError in backward; ``update_mi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,12 +25,16 @@ __all__ = [
     "greedy_coreset",
     "image_scores",
     "nearest_neighbors",
+    "prepare_bank",
     "random_projection",
     "square_root",
     "update_min_distances",
 ]
 
 _ops = torch.ops.patchcore_ext
+
+_FEWEST_ROWS, _FEWEST_DIMS, _MOST_DIMS = 256, 8, 32768  # csrc/core/knn.h: what a bank must have to be prepared
+_MANY_QUERIES = 64  # for so many, preparing a bank pays within one call
 
 
 def first_nonfinite_row(features: ArrayLike) -> int:
@@ -230,13 +236,41 @@ def greedy_coreset(features: ArrayLike, min_distances: Tensor, count: int, codes
     return indices, squared_distances
 
 
-def nearest_neighbors(queries: ArrayLike, bank: ArrayLike, k: int) -> tuple[Tensor, Tensor]:
+def prepare_bank(bank: ArrayLike) -> list[Tensor]:
+    """Int8 copies of a memory bank with which :func:`nearest_neighbors` need not compute most distances: the same neighbours, sooner.
+
+    Args:
+        bank: ``[M, D]`` float32, float16 or bfloat16, M >= 1.
+
+    Returns:
+        uint8 tensors, opaque, good for this bank only; at most 0.75 of the bank in float32. None where it would not pay: fewer than 256 rows, fewer than 8 or
+        more than 32768 dimensions.
+
+    Raises:
+        ValueError: The bank is empty, not ``[M, D]``, or not finite (names the first such row).
+
+    Cost: an eigendecomposition of a sample, and about 600 int16 multiply-adds a value; see ``PatchScorer.describe``.
+    """
+    op = "prepare_bank"
+    rows = _checks.features(op, "bank", bank).detach()
+    if rows.shape[0] == 0:
+        raise ValueError(f"{op}: expected bank to have at least one row, got none.")
+    if not _can_be_prepared(rows):
+        return []
+    with _checks.native_errors():
+        return [_ops.prepare_bank(rows, *_rotation.center_and_prefixes(rows))]
+
+
+def nearest_neighbors(queries: ArrayLike, bank: ArrayLike, k: int, prepared: Sequence[Tensor] = (), line: int = 0) -> tuple[Tensor, Tensor]:
     """The k nearest bank rows of each query, exactly.
 
     Args:
         queries: ``[Q, D]`` float32, float16 or bfloat16.
         bank: ``[M, D]``, of any of these dtypes.
         k: 1 <= k <= M.
+        prepared: What :func:`prepare_bank` gave for this bank. Empty: where there is much to search, int8 copies are made for this call alone, which costs
+            about as much as 64 queries; else all distances are computed. The result is the same.
+        line: Queries i and i + line are neighbours in an image, so that one's nearest rows are a good start for the other; 0: unknown. A hint.
 
     Returns:
         ``squared_distances`` float64 ``[Q, k]``, ascending, canonical, and ``indices`` int64 ``[Q, k]``; equal distances in the order of their indices.
@@ -244,7 +278,8 @@ def nearest_neighbors(queries: ArrayLike, bank: ArrayLike, k: int) -> tuple[Tens
     Raises:
         ValueError: Shapes do not fit, k is out of range, or a row is not finite (names the first).
 
-    Cost: Q * M * D multiply-adds; the [Q, M] matrix is never stored.
+    Cost: at most Q * M * D multiply-adds, in int8 with a prepared bank, and a fraction where rows differ mostly along few directions, as features do. The
+        [Q, M] matrix is never stored.
 
     Equivalent to:
         ``torch.cdist(queries.double(), bank.double()).square().topk(k, largest=False)``, with ties to the lowest index.
@@ -260,12 +295,28 @@ def nearest_neighbors(queries: ArrayLike, bank: ArrayLike, k: int) -> tuple[Tens
     known = _checks.features(op, "bank", bank)
     _checks.same_dim(op, "queries", asked, "bank", known)
     _checks.integer(op, "k", k, 1, known.shape[0], " (the rows of the bank)")
-    with _checks.native_errors():
-        squared_distances, indices = _ops.nearest_neighbors(asked, known, k)
+    _checks.integer(op, "line", line, 0)
+    with _checks.native_errors(op):
+        codes = _codes_of(op, prepared)
+        if codes is None and asked.shape[0] >= _MANY_QUERIES and _can_be_prepared(known):
+            codes = _ops.prepare_bank(known.detach(), *_rotation.center_alone(known.detach()))
+        squared_distances, indices = _ops.nearest_neighbors(asked, known, k, codes, line)
     return squared_distances, indices
 
 
-def image_scores(squared_distances: Tensor, nearest_indices: Tensor, queries: ArrayLike, bank: ArrayLike, num_neighbors: int = 9) -> Tensor:
+def _codes_of(op: str, prepared: Sequence[Tensor]) -> Tensor | None:
+    if len(prepared) > 1:
+        raise ValueError(f"{op}: expected prepared to be what prepare_bank gave, got {len(prepared)} tensors.")
+    return prepared[0] if prepared else None
+
+
+def _can_be_prepared(bank: Tensor) -> bool:
+    return bank.shape[0] >= _FEWEST_ROWS and _FEWEST_DIMS <= bank.shape[1] <= _MOST_DIMS
+
+
+def image_scores(
+    squared_distances: Tensor, nearest_indices: Tensor, queries: ArrayLike, bank: ArrayLike, num_neighbors: int = 9, prepared: Sequence[Tensor] = ()
+) -> Tensor:
     """The image-level anomaly score: Eq. (6) and Eq. (7), Roth et al. 2022, arXiv:2106.08265.
 
     The patch with the largest distance s* to its nearest bank row m* (the lowest patch among equals) gives
@@ -277,6 +328,7 @@ def image_scores(squared_distances: Tensor, nearest_indices: Tensor, queries: Ar
         queries: ``[B * P, D]``, the patches of all images.
         bank: ``[M, D]``.
         num_neighbors: b; a larger one than M is reduced to M. With 1 the score is s*.
+        prepared: What :func:`prepare_bank` gave for this bank; the result is the same.
 
     Returns:
         ``[B]`` float32, in units of distance.
@@ -284,7 +336,7 @@ def image_scores(squared_distances: Tensor, nearest_indices: Tensor, queries: Ar
     Raises:
         ValueError: Shapes do not fit, an index is outside the bank, or a row met on the way is not finite.
 
-    Cost: M + b distances an image.
+    Cost: one search of the bank an image, for N_b(m*).
 
     Equivalent to:
         :func:`patchcore_ext.reference.image_scores`
@@ -301,5 +353,5 @@ def image_scores(squared_distances: Tensor, nearest_indices: Tensor, queries: Ar
         if not isinstance(value, Tensor) or value.dtype != dtype or value.ndim != 2 or value.shape[1] < 1:
             raise ValueError(f"{op}: expected {argument} to be {str(dtype).removeprefix('torch.')} [batch, patches >= 1], got {_checks.describe(value)}.")
     with _checks.native_errors():
-        result: Tensor = _ops.image_scores(squared_distances.contiguous(), nearest_indices.contiguous(), asked, known, num_neighbors)
+        result: Tensor = _ops.image_scores(squared_distances.contiguous(), nearest_indices.contiguous(), asked, known, num_neighbors, _codes_of(op, prepared))
     return result

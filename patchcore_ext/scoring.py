@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ from ._checks import ArrayLike
 from .memory_bank import MemoryBank
 
 SCORES = ("paper", "max", "anomalib", "amazon")
+MAP_STYLES = ("paper", "anomalib", "amazon")
 
 
 class PatchScores(NamedTuple):
@@ -35,6 +39,9 @@ class PatchScorer(torch.nn.Module):
     Exact: distances are canonical float64 values rounded once to float32, ties go to the lowest bank row, and an image gets the same bits alone or in a batch,
     on any number of threads. Inputs are detached: scoring is not differentiable.
 
+    Int8 copies of the bank (:func:`patchcore_ext.ops.prepare_bank`) are made once, here, and again whenever ``load_state_dict``, ``to`` or ``half`` change the
+    bank; they are no part of the state dict. Whoever writes into ``bank`` by other means calls :meth:`prepare` afterwards. Several threads may score at once.
+
     Args:
         bank: ``[M, D]`` float32, float16 or bfloat16 tensor or NumPy array, or a :class:`MemoryBank`. Kept as the buffer ``bank``.
         num_neighbors: b of Eq. (7), reduced to M when larger. 1 means the plain maximum.
@@ -53,6 +60,7 @@ class PatchScorer(torch.nn.Module):
     """
 
     bank: Tensor
+    _prepared: Tensor | None
 
     def __init__(self, bank: ArrayLike | MemoryBank, num_neighbors: int = 9, score: str = "paper") -> None:
         super().__init__()
@@ -66,17 +74,52 @@ class PatchScorer(torch.nn.Module):
         self.num_neighbors = _checks.integer(op, "num_neighbors", num_neighbors, 1)
         self.score = _checks.choice(op, "score", score, SCORES)
         self.register_buffer("bank", rows)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Makes the int8 copies of the bank anew."""
+        started = time.perf_counter()
+        prepared = ops.prepare_bank(self.bank) if self.bank.device.type == "cpu" else []
+        self.register_buffer("_prepared", prepared[0] if prepared else None, persistent=False)
+        self._prepare_seconds = time.perf_counter() - started
+
+    def describe(self) -> dict[str, Any]:
+        """What the scorer holds: rows, dim and dtype of the bank, its bytes, bytes of the int8 copies, and the seconds that making these took."""
+        rows, dim = self.bank.shape
+        return {
+            "rows": rows,
+            "dim": dim,
+            "dtype": str(self.bank.dtype).removeprefix("torch."),
+            "bank_bytes": self.bank.nbytes,
+            "prepared_bytes": sum(copy.nbytes for copy in self._copies()),
+            "prepare_seconds": self._prepare_seconds,
+        }
+
+    def _copies(self) -> list[Tensor]:
+        return [] if self._prepared is None else [self._prepared]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PatchScorer:
+        before = self.bank
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.bank.dtype != before.dtype or self.bank.device != before.device:
+            self.prepare()
+        return self
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        self.prepare()
 
     def extra_repr(self) -> str:
         """Bank size and options."""
         rows, dim = self.bank.shape
         return f"bank=[{rows}, {dim}] {self.bank.dtype}, num_neighbors={self.num_neighbors}, score={self.score!r}"
 
-    def forward(self, patches: ArrayLike) -> PatchScores:
+    def forward(self, patches: ArrayLike, grid: tuple[int, int] | None = None) -> PatchScores:
         """Scores images.
 
         Args:
             patches: ``[B, P, D]``, or ``[P, D]`` for one image (then B = 1), float32, float16 or bfloat16, P >= 1.
+            grid: Rows and columns of patches; speeds the search up, changes nothing. None: a square where P is one.
 
         Returns:
             Image scores ``[B]``, patch distances ``[B, P]`` and nearest bank rows ``[B, P]``.
@@ -84,7 +127,7 @@ class PatchScorer(torch.nn.Module):
         Raises:
             ValueError: Another dimension than the bank's, or a patch with NaN or infinity (names the first, counted over the batch).
 
-        Cost: B * P * M * D multiply-adds, and M * D an image for Eq. (7).
+        Cost: see :func:`patchcore_ext.ops.nearest_neighbors`; Eq. (7) adds one search an image.
         """
         op = "PatchScorer"
         ndim = 2 if getattr(patches, "ndim", 3) == 2 else 3
@@ -96,7 +139,9 @@ class PatchScorer(torch.nn.Module):
         if num_patches == 0:
             raise ValueError(f"{op}: expected patches to have at least one patch an image, got {_checks.describe(patches)}.")
         queries = features.flatten(0, 1)  # [B * P, D]
-        squared, nearest = ops.nearest_neighbors(queries, self.bank, 1)
+        side = math.isqrt(num_patches)
+        line = grid[1] if grid is not None else side if side * side == num_patches else 0
+        squared, nearest = ops.nearest_neighbors(queries, self.bank, 1, self._copies(), line)
         squared, nearest = squared.view(batch, num_patches), nearest.view(batch, num_patches)
         if self.score == "amazon":
             return PatchScores(squared.amax(1).float(), squared.float(), nearest)
@@ -104,7 +149,7 @@ class PatchScorer(torch.nn.Module):
         if self.score == "anomalib":
             return PatchScores(self._anomalib_scores(squared, nearest, features), distances, nearest)
         num_neighbors = self.num_neighbors if self.score == "paper" else 1
-        return PatchScores(ops.image_scores(squared, nearest, queries, self.bank, num_neighbors), distances, nearest)
+        return PatchScores(ops.image_scores(squared, nearest, queries, self.bank, num_neighbors, self._copies()), distances, nearest)
 
     def nearest(self, queries: ArrayLike, k: int) -> tuple[Tensor, Tensor]:
         """The k nearest bank rows of each query.
@@ -120,7 +165,7 @@ class PatchScorer(torch.nn.Module):
         rows = _checks.features(op, "queries", queries).detach()
         _checks.same_dim(op, "queries", rows, "bank", self.bank)
         _checks.integer(op, "k", k, 1, self.bank.shape[0], " (the rows of the bank)")
-        squared, indices = ops.nearest_neighbors(rows, self.bank, k)
+        squared, indices = ops.nearest_neighbors(rows, self.bank, k, self._copies())
         return ops.square_root(squared).float(), indices
 
     def _anomalib_scores(self, squared: Tensor, nearest: Tensor, features: Tensor) -> Tensor:
@@ -131,48 +176,59 @@ class PatchScorer(torch.nn.Module):
         num_neighbors = min(self.num_neighbors, self.bank.shape[0])
         if num_neighbors == 1:
             return largest.float()
-        _, support = ops.nearest_neighbors(self.bank[nearest[batch, patch]], self.bank, num_neighbors)  # [B, b]
+        _, support = ops.nearest_neighbors(self.bank[nearest[batch, patch]], self.bank, num_neighbors, self._copies())  # [B, b]
         difference = features[batch, patch].double()[:, None] - self.bank[support].double()  # [B, b, D]
         weights = ops.square_root(difference.square().sum(-1)).softmax(-1)  # [B, b]
         return ((1 - weights[:, 0]) * largest).float()
 
 
-def anomaly_maps(patch_distances: Tensor, grid: tuple[int, int], size: tuple[int, int], sigma: float = 4.0) -> Tensor:
-    """Anomaly maps: patch distances at their places, bilinear to the image's size, smoothed by a gaussian (Roth et al. 2022, section 3.3).
+def anomaly_maps(patch_distances: Tensor, grid: tuple[int, int], size: tuple[int, int], sigma: float = 4.0, style: str = "paper") -> Tensor:
+    """Anomaly maps: patch distances at their places, scaled up to the image's size, smoothed by a gaussian (Roth et al. 2022, section 3.3).
 
     Args:
         patch_distances: ``[B, P]`` floating, P = grid[0] * grid[1], row-major.
         grid: Rows and columns of patches.
         size: Height and width of the map, in pixels.
         sigma: Standard deviation of the gaussian in pixels of the map, truncated at 4 sigma; 0: no smoothing.
+        style: "paper" and "amazon" (patchcore-inspection): bilinear with align_corners=False; the gaussian mirrors the map at its borders with the
+            edge repeated, as scipy.ndimage.gaussian_filter does. "anomalib" (2.7): nearest; mirrored without the edge.
 
     Returns:
         ``[B, size[0], size[1]]`` float32.
 
-    Note: interpolation has align_corners=False; the gaussian mirrors the map at its borders with the edge repeated, as scipy.ndimage.gaussian_filter does.
+    Cost: two matrix products a map, ``[H, rows] @ [rows, columns] @ [columns, W]``.
     """
     if patch_distances.ndim != 2 or patch_distances.shape[1] != grid[0] * grid[1]:
         raise ValueError(
             f"anomaly_maps: expected patch_distances to be [batch, {grid[0]} * {grid[1]}] for a grid of {list(grid)}, got {_checks.describe(patch_distances)}."
         )
+    _checks.choice("anomaly_maps", "style", style, MAP_STYLES)
     device = patch_distances.device
     with torch.autocast(device.type, enabled=False):
         maps = patch_distances.detach().float().reshape(-1, *grid)  # [B, rows, columns]
-        vertical = _axis_operator(grid[0], size[0], sigma).to(device)
-        horizontal = _axis_operator(grid[1], size[1], sigma).to(device)
+        vertical = _axis_operator(grid[0], size[0], sigma, style == "anomalib").to(device)
+        horizontal = _axis_operator(grid[1], size[1], sigma, style == "anomalib").to(device)
         return torch.matmul(torch.matmul(vertical, maps), horizontal.T)  # [B, H, W]
 
 
 @functools.lru_cache(maxsize=32)
-def _axis_operator(count: int, size: int, sigma: float) -> Tensor:
+def _axis_operator(count: int, size: int, sigma: float, like_anomalib: bool) -> Tensor:
     """Interpolation and smoothing along one axis as one matrix ``[size, count]``: both are linear and separable, so a map is two small matrix products."""
     cells = torch.eye(count, dtype=torch.float64, device="cpu")[:, None]  # [count, 1, count]
-    columns = torch.nn.functional.interpolate(cells, size=size, mode="linear", align_corners=False)  # [count, 1, size]
+    if like_anomalib:
+        columns = torch.nn.functional.interpolate(cells, size=size, mode="nearest")  # [count, 1, size]
+    else:
+        columns = torch.nn.functional.interpolate(cells, size=size, mode="linear", align_corners=False)  # [count, 1, size]
     if sigma > 0:
         radius = int(4.0 * sigma + 0.5)
         offsets = torch.arange(-radius, radius + 1, dtype=torch.float64, device="cpu")
         kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-        positions = torch.arange(-radius, size + radius, device="cpu") % (2 * size)
-        mirrored = columns[..., torch.where(positions < size, positions, 2 * size - 1 - positions)]  # [count, 1, size + 2 radius]
-        columns = torch.nn.functional.conv1d(mirrored, (kernel / kernel.sum())[None, None])  # [count, 1, size]
+        columns = torch.nn.functional.conv1d(columns[..., _mirrored(size, radius, like_anomalib)], (kernel / kernel.sum())[None, None])  # [count, 1, size]
     return columns[:, 0].T.float().contiguous()
+
+
+def _mirrored(size: int, radius: int, without_edge: bool) -> Tensor:
+    """Indices ``[size + 2 radius]`` of a line that is mirrored at both ends, the edge repeated or not."""
+    period = max(1, 2 * (size - 1)) if without_edge else 2 * size
+    positions = torch.arange(-radius, size + radius, device="cpu") % period
+    return torch.where(positions < size, positions, period - (0 if without_edge else 1) - positions)

@@ -243,25 +243,74 @@ std::tuple<Tensor, Tensor> greedy_coreset(const Tensor& features, Tensor min_dis
   return {indices, squared_distances};
 }
 
-std::tuple<Tensor, Tensor> nearest_neighbors(const Tensor& queries, const Tensor& bank, int64_t k) {
+Tensor prepare_bank(const Tensor& bank, const Tensor& center, const Tensor& matrix, int64_t short_outputs) {
+  const char* op = "prepare_bank";
+  const Feature known = features_of(bank, op, "bank");
+  const int64_t dim = known.rows.dim;
+  if (dim < kFewestPreparedDims || dim > kMaxFilterDim)
+    fail(op, ": expected bank to have between ", kFewestPreparedDims, " and ", kMaxFilterDim, " dimensions, got ", dim, ".");
+  if (known.rows.count < kFewestPreparedRows)
+    fail(op, ": expected bank to have at least ", kFewestPreparedRows, " rows, got ", known.rows.count, ".");
+  check_vector(center, ScalarType::Double, dim, op, "center", "float64");
+  if (!matrix.is_cpu() || matrix.scalar_type() != ScalarType::Short || matrix.dim() != 2 || matrix.size(1) != dim || !matrix.is_contiguous())
+    fail(op, ": expected matrix to be a contiguous int16 CPU tensor of shape [outputs, ", dim, "], got shape ", shape_of(matrix), ".");
+  const int64_t outputs = matrix.size(0);
+  if (short_outputs < 0 || short_outputs > outputs || (outputs > 0) != (short_outputs > 0) || outputs == 1 || outputs >= 2 * dim)
+    fail(op, ": expected short_outputs to lie in [1, ", outputs, "), the rows of matrix, or both to be 0, got ", short_outputs, ".");
+  const BankRotation rotation = {static_cast<const double*>(center.const_data_ptr()), short_outputs, outputs - short_outputs,
+                                 static_cast<const int16_t*>(matrix.const_data_ptr())};
+  if (!is_contraction(rotation, dim))
+    fail(op, ": expected matrix / 2^14 to hold two contractions (each row of |A A^T| sums to at most 1), got a larger sum.");
+  const Parallel parallel = torch_threads(known.rows.count * dim * (outputs + 1));
+  if (first_nonfinite_row_cpu(known.rows, parallel) >= 0) explain_nonfinite(op, {{"bank", &known.rows}});
+  const int64_t bytes = prepared_bank_bytes(known.rows, rotation);
+  Tensor prepared = empty({bytes}, ScalarType::Byte);
+  std::memset(prepared.mutable_data_ptr(), 0, static_cast<size_t>(bytes));  // the padding between the arrays: same bank, same bytes
+  const auto memory = workspace(prepare_bank_workspace_bytes(known.rows, rotation, parallel));
+  prepare_bank_cpu(known.rows, rotation, parallel, memory.get(), prepared.mutable_data_ptr());
+  return prepared;
+}
+
+// The memory of a prepared bank; null where there is none.
+const void* prepared_memory(const std::optional<Tensor>& prepared, const Rows& bank, const char* op) {
+  if (!prepared.has_value()) return nullptr;
+  if (prepared->dim() != 1) fail(op, ": expected prepared to come from prepare_bank, got shape ", shape_of(*prepared), ".");
+  check_vector(*prepared, ScalarType::Byte, prepared->size(0), op, "prepared", "uint8");
+  const void* memory = prepared->const_data_ptr();
+  if (reinterpret_cast<uintptr_t>(memory) % 64 != 0) fail(op, ": expected prepared to be aligned to 64 bytes; pass what prepare_bank gave.");
+  if (!prepared_bank_fits(bank, memory, prepared->size(0)))
+    fail(op, ": expected prepared to come from prepare_bank of the same bank, got ", prepared->size(0), " bytes of another.");
+  return memory;
+}
+
+std::tuple<Tensor, Tensor> nearest_neighbors(const Tensor& queries, const Tensor& bank, int64_t k, std::optional<Tensor> prepared, int64_t line) {
   const char* op = "nearest_neighbors";
   const Feature asked = features_of(queries, op, "queries");
   const Feature known = features_of(bank, op, "bank");
   check_same_dim(asked.rows, "queries", known.rows, "bank", op);
   if (k < 1 || k > known.rows.count) fail(op, ": expected k to lie in [1, ", known.rows.count, "], the rows of the bank, got ", k, ".");
+  const void* codes = prepared_memory(prepared, known.rows, op);
   const Parallel parallel = torch_threads(asked.rows.count * known.rows.count * known.rows.dim);
-  const auto memory = workspace(nearest_neighbors_workspace_bytes(asked.rows, known.rows, k, parallel));
   Tensor squared_distances = empty({asked.rows.count, k}, ScalarType::Double);
   Tensor indices = empty({asked.rows.count, k}, ScalarType::Long);
-  const Status status =
-      nearest_neighbors_cpu(asked.rows, known.rows, k, parallel, memory.get(), static_cast<double*>(squared_distances.mutable_data_ptr()),
-                            static_cast<int64_t*>(indices.mutable_data_ptr()));
+  double* values = static_cast<double*>(squared_distances.mutable_data_ptr());
+  int64_t* rows = static_cast<int64_t*>(indices.mutable_data_ptr());
+  Status status = Status::kOk;
+  if (codes != nullptr) {
+    SearchOptions options;
+    options.line = line;
+    const auto memory = workspace(filtered_neighbors_workspace_bytes(asked.rows, known.rows, codes, k, parallel));
+    status = filtered_neighbors_cpu(asked.rows, known.rows, codes, k, options, parallel, memory.get(), values, rows, nullptr);
+  } else {
+    const auto memory = workspace(nearest_neighbors_workspace_bytes(asked.rows, known.rows, k, parallel));
+    status = nearest_neighbors_cpu(asked.rows, known.rows, k, parallel, memory.get(), values, rows);
+  }
   if (status != Status::kOk) explain_nonfinite(op, {{"queries", &asked.rows}, {"bank", &known.rows}});
   return {squared_distances, indices};
 }
 
-Tensor image_scores(const Tensor& squared_distances, const Tensor& nearest_indices, const Tensor& queries, const Tensor& bank,
-                    int64_t num_neighbors) {
+Tensor image_scores(const Tensor& squared_distances, const Tensor& nearest_indices, const Tensor& queries, const Tensor& bank, int64_t num_neighbors,
+                    std::optional<Tensor> prepared) {
   const char* op = "image_scores";
   if (squared_distances.dim() != 2 || squared_distances.size(1) < 1 || squared_distances.scalar_type() != ScalarType::Double ||
       !squared_distances.is_cpu() || !squared_distances.is_contiguous()) {
@@ -285,11 +334,12 @@ Tensor image_scores(const Tensor& squared_distances, const Tensor& nearest_indic
       fail(op, ": expected nearest_indices to lie in [0, ", known.rows.count, "), the rows of the bank, got ", nearest[i], ".");
     }
   }
+  const void* codes = prepared_memory(prepared, known.rows, op);
   const Parallel parallel = torch_threads(batch * known.rows.count * known.rows.dim);
-  const auto memory = workspace(image_scores_workspace_bytes(asked.rows, known.rows, num_neighbors, parallel));
+  const auto memory = workspace(image_scores_workspace_bytes(asked.rows, known.rows, codes, num_neighbors, parallel));
   Tensor scores = empty({batch}, ScalarType::Float);
-  const Status status = image_scores_cpu(static_cast<const double*>(squared_distances.const_data_ptr()), nearest, asked.rows, known.rows, batch,
-                                         num_patches, num_neighbors, parallel, memory.get(), static_cast<float*>(scores.mutable_data_ptr()));
+  const Status status = image_scores_cpu(static_cast<const double*>(squared_distances.const_data_ptr()), nearest, asked.rows, known.rows, codes,
+                                         batch, num_patches, num_neighbors, parallel, memory.get(), static_cast<float*>(scores.mutable_data_ptr()));
   if (status != Status::kOk) explain_nonfinite(op, {{"queries", &asked.rows}, {"bank", &known.rows}});
   return scores;
 }
@@ -304,6 +354,7 @@ STABLE_TORCH_LIBRARY_IMPL(patchcore_ext, CPU, library) {
   library.impl("coreset_codes", TORCH_BOX(&patchcore::bindings::coreset_codes));
   library.impl("add_picks", TORCH_BOX(&patchcore::bindings::add_picks));
   library.impl("greedy_coreset", TORCH_BOX(&patchcore::bindings::greedy_coreset));
+  library.impl("prepare_bank", TORCH_BOX(&patchcore::bindings::prepare_bank));
   library.impl("nearest_neighbors", TORCH_BOX(&patchcore::bindings::nearest_neighbors));
   library.impl("image_scores", TORCH_BOX(&patchcore::bindings::image_scores));
 }

@@ -91,23 +91,34 @@ PATCHCORE_HOST_DEVICE double scaled_coordinate(double value, double center, doub
 // S times any difference of rows stays in range.
 PATCHCORE_HOST_DEVICE double int8_scale(double magnitude) { return magnitude >= 0x1p-150 && magnitude <= 0x1p130 ? kMaxCode / magnitude : 1.0; }
 
-struct Int8Code {
-  int8_t code;
+struct RoundedCode {
+  double code;   // an integer
   double error;  // fl(clip(p) - code); NaN if p is NaN, so that the row's residual is NaN and the row is never skipped
 };
 
-// The code nearest to clip(p). Adding and subtracting 1.5 * 2^52 rounds to the nearest integer (halves to even) for |clip(p)| <= 127.
-PATCHCORE_HOST_DEVICE Int8Code int8_code(double scaled) {
-  const double clipped = scaled > kMaxCode ? kMaxCode : (scaled < -kMaxCode ? -kMaxCode : scaled);
+// The integer nearest to clip(p) = p clipped to [-most, most]. Adding and subtracting 1.5 * 2^52 rounds to the nearest integer (halves to even) for
+// most < 2^51.
+PATCHCORE_HOST_DEVICE RoundedCode rounded_code(double scaled, double most) {
+  const double clipped = scaled > most ? most : (scaled < -most ? -most : scaled);
   const double code = clipped == clipped ? subtract(add(clipped, 0x1.8p52), 0x1.8p52) : 0.0;
-  return {static_cast<int8_t>(code), subtract(clipped, code)};
+  return {code, subtract(clipped, code)};
+}
+
+struct Int8Code {
+  int8_t code;
+  double error;
+};
+
+PATCHCORE_HOST_DEVICE Int8Code int8_code(double scaled) {
+  const RoundedCode rounded = rounded_code(scaled, kMaxCode);
+  return {static_cast<int8_t>(rounded.code), rounded.error};
 }
 
 // r_x >= ||f(x) - a||, rounded up to float, from error_squares = sum_j e_j^2 and operand_squares = sum_j a_j^2, both summed in float64 in ANY order
-// (lanes, warps), with fma or without. f(x)_j = C(S (x_j - mu_j)), C = clip or the identity; p_j = scaled_coordinate; e_j = fl(C(p_j) - a_j); a_j
-// any operand, nearest or not.
+// (lanes, warps), with fma or without. f(x)_j = C(S (x_j - mu_j)), C = clip to some [-m, m] or the identity; p_j = scaled_coordinate;
+// e_j = fl(C(p_j) - a_j); a_j any operand, nearest or not.
 // Proof. (i) p = S (x - mu) (1 + e1) (1 + e2) + h with |h| <= 2^-1075, as only the product can underflow: |S (x - mu) - p| <= 2.01 u |p| + 2^-1074.
-// (ii) |f(x)_j - C(p)| <= 4.02 u |C(p)| + 2^-1074. For the identity this is (i). For clip: if |p| > 254 then |S (x - mu)| > 127 with the same sign
+// (ii) |f(x)_j - C(p)| <= 4.02 u |C(p)| + 2^-1074. For the identity this is (i). For clip: if |p| > 2 m then |S (x - mu)| > m with the same sign
 // and both clip to the same value (an infinite p too); else |p| <= 2 |C(p)|, and clipping does not enlarge the difference in (i).
 // (iii) A subtraction does not underflow: |C(p) - a| <= |e| / (1 - u), hence |C(p)| <= |a| + |e| / (1 - u), hence
 //   |f(x)_j - a_j| <= (1 + 6 u) |e_j| + 4.02 u |a_j| + 2^-1074,   and by Minkowski
@@ -289,6 +300,21 @@ PATCHCORE_HOST_DEVICE double residual_coordinate_error(double g, double z_norm, 
   const double by_root = rounded_root(w);
   const double by_series = multiply(w / multiply(2.0, g), add(1.0, w / g_squares));
   return inflate(by_series < by_root ? by_series : by_root, 16);
+}
+
+// ---- 8. Integer contractions ----------------------------------------------------------------------------------------------------------------------
+
+// P = A / 2^14 with A of int16, applied to y^ = the int16 steps nearest to y = clip(S (x - mu)). The product A y^ is exact: no bound is needed for
+// it, and every machine has the same bits. What is left of section 7 is the rounding of y: with e = residual_bound(...) >= ||y - y^||,
+//   ||(P y, g(y)) - (P y^, g(y^))|| <= e,   as the map of the lemma does not enlarge distances; and g(y^) is known to residual_coordinate_error(g,
+// ||z||, 0, dim). So E_x = e + that error, in steps; S of the theorem is S times the codes per step.
+// Range: every row of A has a norm of at most 2^14 (a row of P of at most 1), and ||y^|| <= sqrt(dim) m for steps clipped to [-m, m]. So
+// |sum_j A_oj y^_j| <= 2^14 sqrt(dim) m < 2^31 for m = largest_step(dim). Partial sums may wrap around in 32 bits: the whole sum is right modulo
+// 2^32 and in range. (No product of two pairs is -2^15 times -2^15: |A_oj| <= 2^14.)
+constexpr int kContractionBits = 14;
+PATCHCORE_HOST_DEVICE double largest_step(int64_t dim) {
+  const double most = multiply(0.999, 131072.0 / rounded_root(static_cast<double>(dim)));
+  return most < 16383 ? static_cast<double>(static_cast<int32_t>(most)) : 16383.0;
 }
 
 }  // namespace patchcore

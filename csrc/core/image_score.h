@@ -16,11 +16,12 @@
 
 namespace patchcore {
 
-int64_t image_scores_workspace_bytes(const Rows& queries, const Rows& bank, int64_t num_neighbors, const Parallel& parallel);
+// `prepared`: the bank as prepare_bank_cpu (knn.h) leaves it, with which N_b is searched for by codes; null: by all distances. Same scores.
+int64_t image_scores_workspace_bytes(const Rows& queries, const Rows& bank, const void* prepared, int64_t num_neighbors, const Parallel& parallel);
 
 // queries: the patches of all images, [batch * num_patches, D]; squared_distances and nearest: [batch, num_patches], each patch's nearest bank row as
 // found by nearest_neighbors_cpu with k = 1; nearest must lie in [0, bank.count). scores: [batch].
-Status image_scores_cpu(const double* squared_distances, const int64_t* nearest, const Rows& queries, const Rows& bank, int64_t batch,
-                        int64_t num_patches, int64_t num_neighbors, const Parallel& parallel, void* workspace, float* scores);
+Status image_scores_cpu(const double* squared_distances, const int64_t* nearest, const Rows& queries, const Rows& bank, const void* prepared,
+                        int64_t batch, int64_t num_patches, int64_t num_neighbors, const Parallel& parallel, void* workspace, float* scores);
 
 }  // namespace patchcore

@@ -55,10 +55,22 @@ float score(const Rows& patches, const Rows& bank, int64_t num_neighbors, const 
   std::vector<int64_t> nearest(static_cast<size_t>(patches.count));
   std::vector<double> workspace(static_cast<size_t>(nearest_neighbors_workspace_bytes(patches, bank, 1, parallel)) / 8 + 1);
   CHECK(nearest_neighbors_cpu(patches, bank, 1, parallel, workspace.data(), squared.data(), nearest.data()) == Status::kOk);
-  workspace.assign(static_cast<size_t>(image_scores_workspace_bytes(patches, bank, num_neighbors, parallel)) / 8 + 1, 0);
+  workspace.assign(static_cast<size_t>(image_scores_workspace_bytes(patches, bank, nullptr, num_neighbors, parallel)) / 8 + 1, 0);
   std::vector<float> scores(static_cast<size_t>(copies));
-  CHECK(image_scores_cpu(squared.data(), nearest.data(), patches, bank, copies, patches.count / copies, num_neighbors, parallel, workspace.data(),
-                         scores.data()) == Status::kOk);
+  CHECK(image_scores_cpu(squared.data(), nearest.data(), patches, bank, nullptr, copies, patches.count / copies, num_neighbors, parallel,
+                         workspace.data(), scores.data()) == Status::kOk);
+  // The same from a prepared bank.
+  const std::vector<double> center(static_cast<size_t>(bank.dim));
+  const BankRotation rotation = {center.data(), 0, 0, nullptr};
+  std::vector<double> prepared(static_cast<size_t>(prepared_bank_bytes(bank, rotation)) / 8 + 8);
+  void* codes = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(prepared.data()) + 63) / 64 * 64);
+  workspace.assign(static_cast<size_t>(prepare_bank_workspace_bytes(bank, rotation, parallel)) / 8 + 1, 0);
+  prepare_bank_cpu(bank, rotation, parallel, workspace.data(), codes);
+  workspace.assign(static_cast<size_t>(image_scores_workspace_bytes(patches, bank, codes, num_neighbors, parallel)) / 8 + 1, 0);
+  std::vector<float> again(static_cast<size_t>(copies));
+  CHECK(image_scores_cpu(squared.data(), nearest.data(), patches, bank, codes, copies, patches.count / copies, num_neighbors, parallel,
+                         workspace.data(), again.data()) == Status::kOk);
+  CHECK(again == scores);
   return scores.back();
 }
 

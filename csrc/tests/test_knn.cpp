@@ -5,8 +5,10 @@
 #include <utility>
 
 #include "check.h"
+#include "cpu/dispatch.h"
 #include "data.h"
 #include "distance.h"
+#include "filter.h"
 
 using namespace patchcore;
 
@@ -41,6 +43,55 @@ Result search(const Rows& queries, const Rows& bank, int64_t k, const Parallel& 
   result.indices.resize(static_cast<size_t>(queries.count * k));
   std::vector<double> workspace(static_cast<size_t>(nearest_neighbors_workspace_bytes(queries, bank, k, parallel)) / 8 + 1);
   CHECK(nearest_neighbors_cpu(queries, bank, k, parallel, workspace.data(), result.squared_distances.data(), result.indices.data()) == Status::kOk);
+  return result;
+}
+
+// Random directions as two integer contractions, however bad they are for the data.
+struct Rotation {
+  std::vector<double> center;
+  std::vector<int16_t> matrix;
+  BankRotation view;
+};
+
+Rotation rotation_for(const Rows& bank, int64_t short_outputs, int64_t long_outputs) {
+  Rotation rotation;
+  const std::vector<double> first = data::widened(bank, 0);
+  rotation.center = first;
+  std::mt19937_64 random(5);
+  std::normal_distribution<double> normal;
+  for (double size = 16384 / std::sqrt(static_cast<double>(bank.dim)); true; size *= 0.7) {
+    rotation.matrix.clear();
+    for (int64_t i = 0; i < (short_outputs + long_outputs) * bank.dim; ++i) {
+      rotation.matrix.push_back(static_cast<int16_t>(std::max(-16384.0, std::min(16384.0, size * normal(random)))));
+    }
+    rotation.view = {rotation.center.data(), short_outputs, long_outputs, rotation.matrix.data()};
+    if (is_contraction(rotation.view, bank.dim)) return rotation;
+  }
+}
+
+// 64-byte aligned memory.
+struct Memory {
+  std::vector<char> bytes;
+  explicit Memory(int64_t size) : bytes(static_cast<size_t>(size) + 64) {}
+  void* data() { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(bytes.data()) + 63) / 64 * 64); }
+};
+
+Memory prepare(const Rows& bank, const BankRotation& rotation, const Parallel& parallel) {
+  const int64_t size = prepared_bank_bytes(bank, rotation);
+  Memory prepared(size), workspace(prepare_bank_workspace_bytes(bank, rotation, parallel));
+  prepare_bank_cpu(bank, rotation, parallel, workspace.bytes.data(), prepared.data());
+  CHECK(prepared_bank_fits(bank, prepared.data(), size));
+  return prepared;
+}
+
+Result filtered(const Rows& queries, const Rows& bank, Memory& prepared, int64_t k, const SearchOptions& options, const Parallel& parallel,
+                SearchStatistics* statistics = nullptr) {
+  Result result;
+  result.squared_distances.resize(static_cast<size_t>(queries.count * k));
+  result.indices.resize(static_cast<size_t>(queries.count * k));
+  std::vector<char> workspace(static_cast<size_t>(filtered_neighbors_workspace_bytes(queries, bank, prepared.data(), k, parallel)));
+  CHECK(filtered_neighbors_cpu(queries, bank, prepared.data(), k, options, parallel, workspace.data(), result.squared_distances.data(),
+                               result.indices.data(), statistics) == Status::kOk);
   return result;
 }
 
@@ -117,6 +168,161 @@ TEST(nonfinite_values_are_reported) {
   double squared_distances[2];
   int64_t indices[2];
   CHECK(nearest_neighbors_cpu(queries, set.rows, 1, serial(), workspace.data(), squared_distances, indices) == Status::kNonFinite);
+}
+
+TEST(the_filtered_search_finds_the_same_on_every_set) {
+  for (const int64_t dim : {8, 33, 96}) {
+    for (data::Set& set : data::sets(330, dim)) {
+      const Rows& bank = data::rows_of(set);
+      Rows queries = bank;
+      queries.count = 150;
+      const Rotation rotation = rotation_for(bank, 5, dim / 2);
+      const Rotation none = rotation_for(bank, 0, 0);
+      Memory with_prefix = prepare(bank, rotation.view, data::slots(2)), without = prepare(bank, none.view, serial());
+      for (const int64_t k : {1, 2, 9, 100, 330}) {
+        const Result expected = search(queries, bank, k, serial());
+        for (const int32_t prefix : {-1, 0, 1}) {
+          for (const int64_t line : {0, 10, 30, 70}) {
+            if (k > 9 && line % 30 == 10) continue;
+            SearchOptions options;
+            options.prefix = prefix;
+            options.line = line;
+            const bool same = filtered(queries, bank, with_prefix, k, options, data::slots(line == 10 ? 3 : 1)) == expected;
+            if (!same) std::cerr << set.name << " dim " << dim << " k " << k << " prefix " << prefix << " line " << line << "\n";
+            CHECK(same);
+          }
+        }
+        CHECK(filtered(queries, bank, without, k, {}, data::slots(2)) == expected);
+      }
+    }
+  }
+}
+
+// Rows along a few directions, as features are: the prefix must tell them apart, and every stage must be reached.
+TEST(the_filters_discard_what_they_should) {
+  std::mt19937_64 random(3);
+  std::normal_distribution<double> normal;
+  const int64_t dim = 64, directions = 4, count = 5000;
+  std::vector<double> basis(static_cast<size_t>(directions * dim));
+  for (double& value : basis) value = normal(random);
+  std::vector<double> weights(static_cast<size_t>(count * directions));
+  for (double& value : weights) value = normal(random);
+  data::Set set = data::fill(data::make("few directions", count, dim), [&](int64_t r, int64_t j) {
+    double sum = 0.02 * normal(random);
+    for (int64_t d = 0; d < directions; ++d) sum += weights[static_cast<size_t>(r * directions + d)] * basis[static_cast<size_t>(d * dim + j)];
+    return sum;
+  });
+  const Rows& bank = data::rows_of(set);
+  Rows queries = bank;
+  queries.count = 200;
+  // The first prefix: those directions, about orthogonal, each of norm 8 sqrt(2) at most.
+  Rotation rotation = rotation_for(bank, directions, 24);
+  for (int64_t i = 0; i < directions * dim; ++i) {
+    rotation.matrix[static_cast<size_t>(i)] = static_cast<int16_t>(16384 / 12.0 / 1.5 * basis[static_cast<size_t>(i)]);
+  }
+  rotation.view.matrix = rotation.matrix.data();
+  CHECK(is_contraction(rotation.view, dim));
+  Memory prepared = prepare(bank, rotation.view, serial());
+  SearchOptions options;
+  options.prefix = 1;
+  SearchStatistics statistics;
+  for (const int64_t k : {1, 9}) {
+    CHECK(filtered(queries, bank, prepared, k, options, serial(), &statistics) == search(queries, bank, k, serial()));
+    CHECK(statistics.survivors * 4 < statistics.pairs);
+    CHECK(statistics.differences < statistics.survivors);
+    CHECK(statistics.canonical < statistics.survivors / 2);
+    CHECK(statistics.canonical >= queries.count * k);
+  }
+}
+
+// Rows at +-1000 along one axis, which sets the size of a step, and less than a step apart along another, which is the prefix: without the steps'
+// own error in the bound, the nearest rows would look far.
+TEST(the_error_of_the_steps_counts) {
+  const int64_t dim = 8;
+  std::mt19937_64 random(11);
+  std::uniform_real_distribution<double> small(-0.05, 0.05);
+  data::Set set = data::fill(data::make("steps", 600, dim), [&](int64_t r, int64_t j) {
+    return j == 0 ? (r % 2 ? 1000.0 : -1000.0) : j == 1 ? small(random) : 0.0;
+  });
+  data::Set asked = data::fill(data::make("queries", 128, dim), [&](int64_t r, int64_t j) {
+    return j == 0 ? (r % 2 ? 1000.0 : -1000.0) : j == 1 ? small(random) : 0.0;
+  });
+  const Rows &bank = data::rows_of(set), &queries = data::rows_of(asked);
+  const std::vector<double> center(static_cast<size_t>(dim));
+  std::vector<int16_t> matrix(static_cast<size_t>(2 * dim), 0);
+  matrix[1] = matrix[static_cast<size_t>(dim) + 1] = 16384;
+  Memory prepared = prepare(bank, {center.data(), 1, 1, matrix.data()}, serial());
+  SearchOptions options;
+  options.prefix = 1;
+  for (const int64_t k : {1, 5}) CHECK(filtered(queries, bank, prepared, k, options, serial()) == search(queries, bank, k, serial()));
+}
+
+TEST(a_filtered_query_alone_gets_the_bits_it_gets_in_a_batch) {
+  data::Set set = data::fill(data::make("lattice", 900, 12), [](int64_t r, int64_t j) { return static_cast<double>((r * 31 + j * 17) % 5); });
+  const Rows& bank = data::rows_of(set);
+  Rows queries = bank;
+  queries.count = 130;
+  const Rotation rotation = rotation_for(bank, 3, 6);
+  Memory prepared = prepare(bank, rotation.view, serial());
+  SearchOptions options;
+  options.line = 26;
+  const Result batch = filtered(queries, bank, prepared, 2, options, data::slots(2));
+  for (int64_t q = 0; q < 130; ++q) {
+    Rows one = queries;
+    one.count = 1;
+    one.data = static_cast<const float*>(queries.data) + q * queries.stride;
+    const Result alone = filtered(one, bank, prepared, 2, {}, serial());
+    CHECK(std::equal(alone.indices.begin(), alone.indices.end(), batch.indices.begin() + q * 2));
+    CHECK(std::equal(alone.squared_distances.begin(), alone.squared_distances.end(), batch.squared_distances.begin() + q * 2));
+  }
+}
+
+TEST(other_prepared_banks_are_refused) {
+  data::Set set = data::fill(data::make("bank", 300, 9), [](int64_t r, int64_t j) { return static_cast<double>(r + j); });
+  const Rows& bank = data::rows_of(set);
+  const Rotation rotation = rotation_for(bank, 3, 4);
+  const int64_t size = prepared_bank_bytes(bank, rotation.view);
+  Memory prepared = prepare(bank, rotation.view, serial());
+  Rows shorter = bank;
+  shorter.count = 299;
+  CHECK(!prepared_bank_fits(shorter, prepared.data(), size));
+  CHECK(!prepared_bank_fits(bank, prepared.data(), size - 1));
+  CHECK(!prepared_bank_fits(bank, prepared.data(), 7));
+  for (const int64_t at : {0, 8, 16, 24}) {  // count, dim, outputs
+    Memory spoiled = prepared;
+    static_cast<int64_t*>(spoiled.data())[at / 8] = -5;
+    CHECK(!prepared_bank_fits(bank, spoiled.data(), size));
+  }
+}
+
+TEST(nonfinite_queries_are_reported) {
+  data::Set set = data::fill(data::make("bank", 300, 9), [](int64_t r, int64_t j) { return static_cast<double>(r * j % 13); });
+  const Rows& bank = data::rows_of(set);
+  for (const int64_t outputs : {0, 3}) {
+    Memory prepared = prepare(bank, rotation_for(bank, outputs, outputs).view, serial());
+    for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+      std::vector<float> query(9, 1.0f);
+      query[8] = bad;
+      const Rows queries = {query.data(), ScalarType::kFloat32, 1, 9, 9};
+      std::vector<char> workspace(static_cast<size_t>(filtered_neighbors_workspace_bytes(queries, bank, prepared.data(), 1, serial())));
+      double squared_distance;
+      int64_t index;
+      CHECK(filtered_neighbors_cpu(queries, bank, prepared.data(), 1, {}, serial(), workspace.data(), &squared_distance, &index, nullptr) ==
+            Status::kNonFinite);
+    }
+  }
+}
+
+TEST(what_is_no_contraction_is_refused) {
+  const std::vector<double> center(8);
+  std::vector<int16_t> matrix(16, 0);
+  matrix[0] = matrix[9] = 16384;  // e_0 and e_1
+  CHECK(is_contraction({center.data(), 1, 1, matrix.data()}, 8));
+  matrix[1] = 129;
+  CHECK(!is_contraction({center.data(), 1, 1, matrix.data()}, 8));
+  matrix[1] = 0;
+  matrix[8] = 16384;  // the second row is e_0 + e_1
+  CHECK(!is_contraction({center.data(), 1, 1, matrix.data()}, 8));
 }
 
 TEST_MAIN()

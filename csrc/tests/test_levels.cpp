@@ -92,11 +92,13 @@ TEST(scans_and_dots_equal_the_scalar_level) {
           CHECK_EQ(level.scan_tile(rows.data(), tile.data(), start.data(), words, floors.data(), offset),
                    scalar.scan_tile(rows.data(), tile.data(), start.data(), words, floors.data(), offset));
         }
-        const int32_t which[] = {3, 0, 7, 3};
-        int32_t some[4], same[4];
-        level.dots(rows.data(), tile.data(), 4 * words, which, 4, words, some);
-        scalar.dots(rows.data(), tile.data(), 4 * words, which, 4, words, same);
-        CHECK(std::memcmp(some, same, sizeof some) == 0);
+        for (const int64_t operands : {1, 4, 7, 41}) {
+          std::vector<int32_t> which(41), some(41), same(41);
+          for (int32_t& operand : which) operand = static_cast<int32_t>(generator()() % kTileOperands);
+          level.dots(rows.data(), tile.data(), 4 * words, which.data(), operands, words, some.data());
+          scalar.dots(rows.data(), tile.data(), 4 * words, which.data(), operands, words, same.data());
+          CHECK(some == same);
+        }
       }
     }
   }
@@ -168,6 +170,88 @@ TEST(matrix_products_have_the_same_bits) {
       level.multiply_matrix(x.data(), matrix.data(), 37, outputs, found.data());
       find_level("scalar")->multiply_matrix(x.data(), matrix.data(), 37, outputs, expected.data());
       CHECK(found == expected);
+    }
+  }
+}
+
+TEST(int16_products_equal_the_scalar_level) {
+  for (const Level& level : levels()) {
+    for (const int64_t pairs : {1, 2, 5, 192}) {
+      for (const int64_t count : {1, 2, 3, 4, 5, 28}) {
+        std::vector<int16_t> rows(static_cast<size_t>(count * 2 * pairs)), tile(static_cast<size_t>(2 * pairs * kTileOperands));
+        for (int16_t& value : rows) value = static_cast<int16_t>(generator()() % 32767) - 16383;
+        for (int16_t& value : tile) value = static_cast<int16_t>(generator()() % 32769) - 16384;
+        const int64_t stride = kTileOperands + 16;  // what lies between the rows of the result stays as it is
+        std::vector<int32_t> found(static_cast<size_t>(count * stride), 5), expected = found;
+        level.multiply_int16(rows.data(), 2 * pairs, count, tile.data(), pairs, found.data(), stride);
+        find_level("scalar")->multiply_int16(rows.data(), 2 * pairs, count, tile.data(), pairs, expected.data(), stride);
+        CHECK(found == expected);
+      }
+    }
+  }
+}
+
+TEST(steps_are_those_of_the_filter) {
+  std::normal_distribution<double> normal;
+  for (const Level& level : levels()) {
+    for (const int64_t count : {1, 3, 4, 7, 8, 9, 48, 129}) {
+      std::vector<float> x(static_cast<size_t>(count));
+      std::vector<double> center(static_cast<size_t>(count));
+      for (float& value : x) value = static_cast<float>(normal(generator()));
+      for (double& value : center) value = 0.1 * normal(generator());
+      std::vector<int16_t> found(static_cast<size_t>(count) + 1, 7);
+      double errors, expected_errors = 0, expected_norm = 0;
+      const double norm = level.round_to_steps(x.data(), center.data(), count, 9000.0, 6689, found.data(), &errors);
+      for (int64_t j = 0; j < count; ++j) {
+        const RoundedCode step = rounded_code(scaled_coordinate(x[static_cast<size_t>(j)], center[static_cast<size_t>(j)], 9000.0), 6689);
+        CHECK_EQ(found[static_cast<size_t>(j)], static_cast<int16_t>(step.code));
+        expected_norm += step.code * step.code;
+        expected_errors += step.error * step.error;
+      }
+      CHECK_EQ(found.back(), 7);
+      CHECK_EQ(norm, expected_norm);
+      CHECK(std::abs(errors - expected_errors) <= 1e-12 * expected_errors);
+      x[0] = std::nanf("");
+      level.round_to_steps(x.data(), center.data(), count, 9000.0, 6689, found.data(), &errors);
+      CHECK(std::isnan(errors));
+    }
+  }
+}
+
+TEST(marked_values_are_taken_in_order) {
+  std::vector<int32_t> values(64 * 9);
+  for (int32_t& value : values) value = static_cast<int32_t>(generator()());
+  for (const Level& level : levels()) {
+    for (int round = 0; round < 40; ++round) {
+      std::vector<uint64_t> words(9);
+      for (uint64_t& word : words) {
+        word = generator()();
+        for (int i = 0; i < round % 5; ++i) word &= generator()();
+        if (round == 3) word = ~uint64_t{0};
+      }
+      std::vector<int32_t> expected, found(64 * 9 + 4);
+      for (size_t b = 0; b < values.size(); ++b) {
+        if (words[b / 64] >> (b % 64) & 1) expected.push_back(values[b]);
+      }
+      const int64_t taken = level.take_marked(words.data(), 9, values.data(), found.data());
+      found.resize(static_cast<size_t>(taken));
+      CHECK(found == expected);
+    }
+  }
+}
+
+TEST(float_differences_are_close) {
+  std::normal_distribution<float> normal;
+  for (const Level& level : levels()) {
+    for (const int64_t dim : {1, 7, 16, 17, 63, 64, 65, 200, 384}) {
+      std::vector<float> a(static_cast<size_t>(dim)), b(static_cast<size_t>(dim));
+      double expected = 0;
+      for (size_t j = 0; j < a.size(); ++j) {
+        a[j] = normal(generator());
+        b[j] = normal(generator());
+        expected += (static_cast<double>(a[j]) - b[j]) * (static_cast<double>(a[j]) - b[j]);
+      }
+      CHECK(std::abs(level.squared_difference(a.data(), b.data(), dim) - expected) <= static_cast<double>(dim + 3) * 0x1p-24 * expected);
     }
   }
 }

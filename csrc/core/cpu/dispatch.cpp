@@ -7,13 +7,19 @@ namespace patchcore {
 
 namespace {
 
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("popcnt");
+}
+#endif
+
 bool processor_has(const Level& candidate) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (&candidate == &kAvx2Level) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-  if (&candidate == &kAvxVnniLevel) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avxvnni");
+  if (&candidate == &kAvx2Level) return has_avx2();
+  if (&candidate == &kAvxVnniLevel) return has_avx2() && __builtin_cpu_supports("avxvnni");
   if (&candidate == &kAvx512Level) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
   }
 #endif

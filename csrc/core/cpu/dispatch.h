@@ -46,6 +46,21 @@ struct Level {
 
   // products[o] = sum_k x[k] * matrix[k][o], float64, o < outputs (a multiple of 8); k ascending, so the same bits at every level.
   void (*multiply_matrix)(const double* x, const double* matrix, int64_t dim, int64_t outputs, double* products);
+
+  // products[r * products_stride + o] = dot(row r, operand o) modulo 2^32, o < kTileOperands, int16 by int16. rows: [count] rows of 2 * pairs
+  // elements, `stride` elements apart; tile[w][o][b] is element 2 w + b of operand o.
+  void (*multiply_int16)(const int16_t* rows, int64_t stride, int64_t count, const int16_t* tile, int64_t pairs, int32_t* products,
+                         int64_t products_stride);
+
+  // steps[j] = rounded_code(scale * (x[j] - center[j]), most); returns the sum of the squared steps (exact below 2^53) and the sum of the squared
+  // errors (in any order: filter.h, residual_bound).
+  double (*round_to_steps)(const float* x, const double* center, int64_t count, double scale, double most, int16_t* steps, double* error_squares);
+
+  // values[64 m + b] for every set bit b of every word m, in order; returns their number. found: room for four more than that.
+  int64_t (*take_marked)(const uint64_t* words, int64_t count, const int32_t* values, int32_t* found);
+
+  // sum_j (a[j] - b[j])^2 in float32, in any order, fused or not: for difference_skip_limit (filter.h).
+  float (*squared_difference)(const float* a, const float* b, int64_t dim);
 };
 
 // The level in use.

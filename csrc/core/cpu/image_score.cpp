@@ -4,8 +4,7 @@
 #include <atomic>
 #include <cmath>
 
-#include "cpu/neighbor_heap.h"
-#include "cpu/rows.h"
+#include "cpu/search.h"
 #include "exp.h"
 #include "platform.h"
 
@@ -13,31 +12,28 @@ namespace patchcore {
 
 namespace {
 
-int64_t scratch_floats(const Rows& queries, const Rows& bank) { return float_scratch(queries, 1) + float_scratch(bank, 1 + kBlockRows); }
-
-// One slot's workspace: N_b(m*), the distances to its members, the widened patch, m* and a block of the bank.
-int64_t slot_bytes(const Rows& queries, const Rows& bank, int64_t num_neighbors) {
-  return num_neighbors * static_cast<int64_t>(sizeof(Neighbor) + sizeof(double)) + (scratch_floats(queries, bank) + 1) / 2 * 8;
-}
-
+// One slot's memory.
 struct Slot {
-  Neighbor* neighbors;  // [num_neighbors]
-  double* distances;    // [num_neighbors]
-  float* patch;
+  Neighbor* neighbors;  // [num_neighbors], N_b(m*)
+  double* distances;    // [num_neighbors], of the patch to its members
+  float* patch;         // widened rows
   float* nearest;
   float* block;
+  SearchMemory search;  // where the bank is prepared
 };
 
-Slot slot_of(const Rows& queries, const Rows& bank, int64_t num_neighbors, void* workspace, int64_t slot) {
-  char* bytes = static_cast<char*>(workspace) + slot * slot_bytes(queries, bank, num_neighbors);
-  Neighbor* neighbors = reinterpret_cast<Neighbor*>(bytes);
-  double* distances = reinterpret_cast<double*>(neighbors + num_neighbors);
-  float* patch = reinterpret_cast<float*>(distances + num_neighbors);
-  float* nearest = patch + float_scratch(queries, 1);
-  return {neighbors, distances, patch, nearest, nearest + float_scratch(bank, 1)};
+Slot slot_at(const Rows& queries, const Rows& bank, const void* prepared, int64_t num_neighbors, Pieces* pieces) {
+  Slot slot = {};
+  slot.neighbors = pieces->take<Neighbor>(num_neighbors);
+  slot.distances = pieces->take<double>(num_neighbors);
+  slot.patch = pieces->take<float>(float_scratch(queries, 1));
+  slot.nearest = pieces->take<float>(float_scratch(bank, 1));
+  slot.block = pieces->take<float>(float_scratch(bank, kBlockRows));
+  if (prepared != nullptr) slot.search = search_memory(bank, bank, prepared_bank_at(prepared), num_neighbors, pieces);
+  return slot;
 }
 
-// N_b(m*) into slot.neighbors. False when a distance is not finite.
+// N_b(m*) into slot.neighbors, from all distances. False when one is not finite.
 bool find_neighborhood(const Rows& bank, int64_t nearest, int64_t num_neighbors, const Slot& slot) {
   slot.neighbors[0] = {0.0, nearest};
   NeighborHeap others(slot.neighbors + 1, num_neighbors - 1);
@@ -57,6 +53,17 @@ bool find_neighborhood(const Rows& bank, int64_t nearest, int64_t num_neighbors,
   return finite;
 }
 
+// The same by codes: of the b rows nearest to m*, itself among them unless b duplicates come before it, the first b - 1 others.
+bool find_neighborhood(const Rows& bank, int64_t nearest, int64_t num_neighbors, const Slot& slot, BlockSearch* search) {
+  if (!search->search(float_rows(bank, nearest, 1, slot.nearest), 1, nullptr)) return false;
+  slot.neighbors[0] = {0.0, nearest};
+  int64_t found = 1;
+  for (int64_t i = 0; found < num_neighbors; ++i) {
+    if (slot.search.neighbors[i].index != nearest) slot.neighbors[found++] = slot.search.neighbors[i];
+  }
+  return true;
+}
+
 // exp(distances[0]) / sum_j exp(distances[j]).
 double softmax_of_first(const double* distances, int64_t count) {
   const double largest = *std::max_element(distances, distances + count);
@@ -67,16 +74,24 @@ double softmax_of_first(const double* distances, int64_t count) {
 
 }  // namespace
 
-int64_t image_scores_workspace_bytes(const Rows& queries, const Rows& bank, int64_t num_neighbors, const Parallel& parallel) {
-  return parallel.num_slots * slot_bytes(queries, bank, std::min(num_neighbors, bank.count));
+int64_t image_scores_workspace_bytes(const Rows& queries, const Rows& bank, const void* prepared, int64_t num_neighbors, const Parallel& parallel) {
+  Pieces pieces(nullptr);
+  slot_at(queries, bank, prepared, std::min(num_neighbors, bank.count), &pieces);
+  return parallel.num_slots * pieces.used() + 64;
 }
 
-Status image_scores_cpu(const double* squared_distances, const int64_t* nearest, const Rows& queries, const Rows& bank, int64_t batch,
-                        int64_t num_patches, int64_t num_neighbors, const Parallel& parallel, void* workspace, float* scores) {
+Status image_scores_cpu(const double* squared_distances, const int64_t* nearest, const Rows& queries, const Rows& bank, const void* prepared,
+                        int64_t batch, int64_t num_patches, int64_t num_neighbors, const Parallel& parallel, void* workspace, float* scores) {
   const int64_t b = std::min(num_neighbors, bank.count);
+  const PreparedBank known = prepared == nullptr ? PreparedBank{} : prepared_bank_at(prepared);
+  Pieces size(nullptr);
+  slot_at(queries, bank, prepared, b, &size);
+  char* slots = static_cast<char*>(aligned_start(workspace));
   std::atomic<bool> finite{true};
   parallel([&](int64_t s) {
-    const Slot slot = slot_of(queries, bank, b, workspace, s);
+    Pieces pieces(slots + s * size.used());
+    const Slot slot = slot_at(queries, bank, prepared, b, &pieces);
+    BlockSearch search(bank, known, b, {}, slot.search);
     const Share share = share_of(batch, s, parallel.num_slots);
     for (int64_t image = share.begin; image < share.end; ++image) {
       const double* values = squared_distances + image * num_patches;
@@ -87,7 +102,12 @@ Status image_scores_cpu(const double* squared_distances, const int64_t* nearest,
         scores[image] = static_cast<float>(largest);
         continue;
       }
-      if (!find_neighborhood(bank, nearest[patch], b, slot)) finite = false;
+      const bool found =
+          prepared == nullptr ? find_neighborhood(bank, nearest[patch], b, slot) : find_neighborhood(bank, nearest[patch], b, slot, &search);
+      if (!found) {
+        finite = false;
+        return;
+      }
       const float* features = float_rows(queries, patch, 1, slot.patch).data;
       for (int64_t j = 0; j < b; ++j) {
         const FloatRows row = float_rows(bank, slot.neighbors[j].index, 1, slot.block);

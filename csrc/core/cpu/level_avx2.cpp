@@ -8,7 +8,7 @@
 
 // Everything below is compiled for AVX2; no function of a header may be instantiated here, or the linker could keep this copy for every processor.
 #pragma GCC push_options
-#pragma GCC target("avx2,f16c")
+#pragma GCC target("avx2,f16c,bmi,popcnt")
 
 namespace patchcore {
 
@@ -209,12 +209,103 @@ void multiply_matrix(const double* x, const double* matrix, int64_t dim, int64_t
   }
 }
 
+// Eight outputs at a time, two rows at a time: their sums stay in registers while the tile is read once for both.
+void multiply_int16(const int16_t* rows, int64_t stride, int64_t count, const int16_t* tile, int64_t pairs, int32_t* products,
+                    int64_t products_stride) {
+  for (int64_t r = 0; r < count; r += 2) {
+    const int16_t *first = rows + r * stride, *second = r + 1 < count ? first + stride : first;
+    int32_t* out = products + r * products_stride;
+    for (int64_t o = 0; o < kTileOperands; o += 32) {
+      __m256i sums[2][4];
+      for (int q = 0; q < 4; ++q) sums[0][q] = sums[1][q] = _mm256_setzero_si256();
+      for (int64_t w = 0; w < pairs; ++w) {
+        int32_t a, b;
+        __builtin_memcpy(&a, first + 2 * w, 4);
+        __builtin_memcpy(&b, second + 2 * w, 4);
+        const __m256i pair0 = _mm256_set1_epi32(a), pair1 = _mm256_set1_epi32(b);
+        for (int q = 0; q < 4; ++q) {
+          const __m256i operands = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + (w * kTileOperands + o + 8 * q) * 2));
+          sums[0][q] = _mm256_add_epi32(sums[0][q], _mm256_madd_epi16(pair0, operands));
+          sums[1][q] = _mm256_add_epi32(sums[1][q], _mm256_madd_epi16(pair1, operands));
+        }
+      }
+      for (int q = 0; q < 4; ++q) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + o + 8 * q), sums[0][q]);
+        if (r + 1 < count) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + products_stride + o + 8 * q), sums[1][q]);
+      }
+    }
+  }
+}
+
+// filter.h, rounded_code, four coordinates at a time.
+double round_to_steps(const float* x, const double* center, int64_t count, double scale, double most, int16_t* steps, double* error_squares) {
+  const __m256d high = _mm256_set1_pd(most), low = _mm256_set1_pd(-most), magic = _mm256_set1_pd(0x1.8p52), factor = _mm256_set1_pd(scale);
+  __m256d errors = _mm256_setzero_pd(), squares = errors;
+  for (int64_t j = 0; j < count; j += 4) {
+    float values[4] = {};
+    double centers[4] = {};
+    const int64_t taken = count - j < 4 ? count - j : 4;
+    __builtin_memcpy(values, x + j, static_cast<unsigned long>(taken) * 4);
+    __builtin_memcpy(centers, center + j, static_cast<unsigned long>(taken) * 8);
+    const __m256d scaled = _mm256_mul_pd(factor, _mm256_sub_pd(_mm256_cvtps_pd(_mm_loadu_ps(values)), _mm256_loadu_pd(centers)));
+    const __m256d clipped = _mm256_max_pd(low, _mm256_min_pd(high, scaled));  // NaN: the second operand
+    const __m256d code = _mm256_sub_pd(_mm256_add_pd(clipped, magic), magic);
+    const __m256d error = _mm256_sub_pd(clipped, code);
+    errors = _mm256_add_pd(errors, _mm256_mul_pd(error, error));
+    squares = _mm256_add_pd(squares, _mm256_mul_pd(code, code));
+    const __m128i integers = _mm256_cvtpd_epi32(code);
+    int16_t narrow[8];
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(narrow), _mm_packs_epi32(integers, integers));
+    __builtin_memcpy(steps + j, narrow, static_cast<unsigned long>(taken) * 2);
+  }
+  double sums[4], norms[4];
+  _mm256_storeu_pd(sums, errors);
+  _mm256_storeu_pd(norms, squares);
+  *error_squares = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  return (norms[0] + norms[1]) + (norms[2] + norms[3]);
+}
+
+// Four at a time without asking how many are left: a mispredicted branch costs more than a store too many.
+int64_t take_marked(const uint64_t* words, int64_t count, const int32_t* values, int32_t* found) {
+  int64_t taken = 0;
+  for (int64_t m = 0; m < count; ++m) {
+    uint64_t left = words[m];
+    if (left == 0) continue;
+    const int64_t marked = __builtin_popcountll(left);
+    for (int64_t i = 0; i < marked; i += 4) {
+      for (int64_t l = 0; l < 4; ++l) {
+        found[taken + i + l] = values[64 * m + (_tzcnt_u64(left) & 63)];
+        left = _blsr_u64(left);
+      }
+    }
+    taken += marked;
+  }
+  return taken;
+}
+
+float squared_difference(const float* a, const float* b, int64_t dim) {
+  __m256 sums[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+  int64_t j = 0;
+  for (; j + 16 <= dim; j += 16) {
+    for (int q = 0; q < 2; ++q) {
+      const __m256 difference = _mm256_sub_ps(_mm256_loadu_ps(a + j + 8 * q), _mm256_loadu_ps(b + j + 8 * q));
+      sums[q] = _mm256_add_ps(sums[q], _mm256_mul_ps(difference, difference));
+    }
+  }
+  float lanes[8], rest = 0;
+  _mm256_storeu_ps(lanes, _mm256_add_ps(sums[0], sums[1]));
+  for (; j < dim; ++j) rest += (a[j] - b[j]) * (a[j] - b[j]);
+  for (int l = 0; l < 8; ++l) rest += lanes[l];
+  return rest;
+}
+
 }  // namespace avx2
 
 using namespace avx2;
 
-const Level kAvx2Level = {"avx2", squared_distances, float16_to_float, bfloat16_to_float, scan_rows,      scan_tile,
-                          dots,   int8_floors,       first_largest,    quantize,          multiply_matrix};
+const Level kAvx2Level = {"avx2",         squared_distances, float16_to_float,  bfloat16_to_float, scan_rows,       scan_tile,
+                          dots,           int8_floors,       first_largest,     quantize,          multiply_matrix, multiply_int16,
+                          round_to_steps, take_marked,       squared_difference};
 
 }  // namespace patchcore
 

@@ -11,7 +11,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #pragma GCC push_options
-#pragma GCC target("avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#pragma GCC target("avx2,f16c,bmi,popcnt,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 
 namespace patchcore {
 
@@ -106,7 +106,7 @@ inline void scan_some_rows(const uint8_t* rows, int64_t stride, const int8_t* ti
 void scan_rows(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors,
                uint64_t* survivors) {
   int64_t r = 0;
-  for (; r + 3 <= count; r += 3) scan_some_rows<3>(rows + r * stride, stride, tile, start, words, floors + r, survivors + r);
+  for (; r + 4 <= count; r += 4) scan_some_rows<4>(rows + r * stride, stride, tile, start, words, floors + r, survivors + r);
   for (; r < count; ++r) scan_some_rows<1>(rows + r * stride, stride, tile, start, words, floors + r, survivors + r);
 }
 
@@ -135,16 +135,36 @@ uint64_t scan_tile(const uint8_t* row, const int8_t* tile, const int32_t* start,
   return survivors;
 }
 
+inline __m512i row_times_operand(const uint8_t* row, const int8_t* operand, int64_t whole, __mmask64 rest) {
+  __m512i sum =
+      _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_maskz_loadu_epi8(rest, row + whole), _mm512_maskz_loadu_epi8(rest, operand + whole));
+  for (int64_t b = 0; b < whole; b += 64) sum = _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(row + b), _mm512_loadu_si512(operand + b));
+  return sum;
+}
+
+// Four operands at a time, whose sums are added up together; those to come are fetched early, as they lie anywhere.
 void dots(const uint8_t* row, const int8_t* operands, int64_t stride, const int32_t* which, int64_t count, int64_t words, int32_t* out) {
-  const int64_t whole = words / 16 * 64;
-  const __mmask64 rest = (uint64_t{1} << (4 * words - whole)) - 1;
-  for (int64_t i = 0; i < count; ++i) {
-    const int8_t* operand = operands + which[i] * stride;
-    __m512i sum =
-        _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_maskz_loadu_epi8(rest, row + whole), _mm512_maskz_loadu_epi8(rest, operand + whole));
-    for (int64_t b = 0; b < whole; b += 64) sum = _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(row + b), _mm512_loadu_si512(operand + b));
-    out[i] = _mm512_reduce_add_epi32(sum);
+  constexpr int64_t kAhead = 24;
+  const int64_t whole = (words - 1) / 16 * 64;
+  const __mmask64 rest = ~uint64_t{0} >> (64 - (4 * words - whole));
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    __m512i sums[4];
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      if (i + kAhead + q < count) {
+        const char* next = reinterpret_cast<const char*>(operands + which[i + kAhead + q] * stride);
+        for (int64_t b = 0; b < 4 * words; b += 64) _mm_prefetch(next + b, _MM_HINT_T0);
+      }
+      sums[q] = row_times_operand(row, operands + which[i + q] * stride, whole, rest);
+    }
+    const __m512i low = _mm512_add_epi32(_mm512_unpacklo_epi32(sums[0], sums[1]), _mm512_unpackhi_epi32(sums[0], sums[1]));
+    const __m512i high = _mm512_add_epi32(_mm512_unpacklo_epi32(sums[2], sums[3]), _mm512_unpackhi_epi32(sums[2], sums[3]));
+    const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
   }
+  for (; i < count; ++i) out[i] = _mm512_reduce_add_epi32(row_times_operand(row, operands + which[i] * stride, whole, rest));
 }
 
 // filter.h, section 5, eight rows at a time and operation by operation: the same integers.
@@ -213,10 +233,106 @@ void multiply_matrix(const double* x, const double* matrix, int64_t dim, int64_t
   for (; o < outputs; o += 8) multiply_groups<1>(x, matrix + o, dim, outputs, products + o);
 }
 
+inline __m512i add_pair_products(__m512i sum, __m512i pair, __m512i operands) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(pair), "v"(operands));
+  return sum;
+}
+
+template <int kRows>
+inline void multiply_some_rows(const int16_t* rows, int64_t stride, const int16_t* tile, int64_t pairs, int32_t* products, int64_t products_stride) {
+  __m512i sums[kRows][4];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) sums[r][q] = _mm512_setzero_si512();
+  }
+  for (int64_t w = 0; w < pairs; ++w, tile += 2 * kTileOperands) {
+    const __m512i operand0 = _mm512_loadu_si512(tile), operand1 = _mm512_loadu_si512(tile + 32);
+    const __m512i operand2 = _mm512_loadu_si512(tile + 64), operand3 = _mm512_loadu_si512(tile + 96);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      int32_t two;
+      __builtin_memcpy(&two, rows + r * stride + 2 * w, 4);
+      const __m512i pair = _mm512_set1_epi32(two);
+      sums[r][0] = add_pair_products(sums[r][0], pair, operand0);
+      sums[r][1] = add_pair_products(sums[r][1], pair, operand1);
+      sums[r][2] = add_pair_products(sums[r][2], pair, operand2);
+      sums[r][3] = add_pair_products(sums[r][3], pair, operand3);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) _mm512_storeu_si512(products + r * products_stride + 16 * q, sums[r][q]);
+  }
+}
+
+void multiply_int16(const int16_t* rows, int64_t stride, int64_t count, const int16_t* tile, int64_t pairs, int32_t* products,
+                    int64_t products_stride) {
+  int64_t r = 0;
+  for (; r + 4 <= count; r += 4) multiply_some_rows<4>(rows + r * stride, stride, tile, pairs, products + r * products_stride, products_stride);
+  for (; r < count; ++r) multiply_some_rows<1>(rows + r * stride, stride, tile, pairs, products + r * products_stride, products_stride);
+}
+
+// filter.h, rounded_code, eight coordinates at a time.
+double round_to_steps(const float* x, const double* center, int64_t count, double scale, double most, int16_t* steps, double* error_squares) {
+  const __m512d high = _mm512_set1_pd(most), low = _mm512_set1_pd(-most), magic = _mm512_set1_pd(0x1.8p52), factor = _mm512_set1_pd(scale);
+  __m512d errors = _mm512_setzero_pd(), squares = errors;
+  for (int64_t j = 0; j < count; j += 8) {
+    const __mmask8 mask = count - j >= 8 ? static_cast<__mmask8>(0xff) : static_cast<__mmask8>((1u << (count - j)) - 1);
+    const __m512d value = _mm512_cvtps_pd(_mm256_maskz_loadu_ps(mask, x + j));
+    const __m512d scaled = _mm512_mul_pd(factor, _mm512_sub_pd(value, _mm512_maskz_loadu_pd(mask, center + j)));
+    const __m512d clipped = _mm512_max_pd(low, _mm512_min_pd(high, scaled));  // NaN: the second operand
+    const __m512d code = _mm512_sub_pd(_mm512_add_pd(clipped, magic), magic);
+    const __m512d error = _mm512_sub_pd(clipped, code);
+    errors = _mm512_add_pd(errors, _mm512_mul_pd(error, error));
+    squares = _mm512_add_pd(squares, _mm512_mul_pd(code, code));
+    _mm256_mask_cvtepi32_storeu_epi16(steps + j, mask, _mm512_cvtpd_epi32(code));
+  }
+  *error_squares = _mm512_reduce_add_pd(errors);
+  return _mm512_reduce_add_pd(squares);
+}
+
+// Four at a time without asking how many are left: a mispredicted branch costs more than a store too many.
+int64_t take_marked(const uint64_t* words, int64_t count, const int32_t* values, int32_t* found) {
+  int64_t taken = 0;
+  for (int64_t m = 0; m < count; ++m) {
+    uint64_t left = words[m];
+    if (left == 0) continue;
+    const int64_t marked = __builtin_popcountll(left);
+    for (int64_t i = 0; i < marked; i += 4) {
+      for (int64_t l = 0; l < 4; ++l) {
+        found[taken + i + l] = values[64 * m + (_tzcnt_u64(left) & 63)];
+        left = _blsr_u64(left);
+      }
+    }
+    taken += marked;
+  }
+  return taken;
+}
+
+float squared_difference(const float* a, const float* b, int64_t dim) {
+  __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+  int64_t j = 0;
+  for (; j + 64 <= dim; j += 64) {
+    for (int q = 0; q < 4; ++q) {
+      const __m512 difference = _mm512_sub_ps(_mm512_loadu_ps(a + j + 16 * q), _mm512_loadu_ps(b + j + 16 * q));
+      sums[q] = _mm512_fmadd_ps(difference, difference, sums[q]);
+    }
+  }
+  for (; j < dim; j += 16) {
+    const __mmask16 mask = dim - j >= 16 ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1u << (dim - j)) - 1);
+    const __m512 difference = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, a + j), _mm512_maskz_loadu_ps(mask, b + j));
+    sums[0] = _mm512_fmadd_ps(difference, difference, sums[0]);
+  }
+  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
+}
+
 }  // namespace
 
-const Level kAvx512Level = {"avx512", squared_distances, float16_to_float, bfloat16_to_float, scan_rows,      scan_tile,
-                            dots,     int8_floors,       first_largest,    quantize,          multiply_matrix};
+const Level kAvx512Level = {"avx512",       squared_distances, float16_to_float,  bfloat16_to_float, scan_rows,       scan_tile,
+                            dots,           int8_floors,       first_largest,     quantize,          multiply_matrix, multiply_int16,
+                            round_to_steps, take_marked,       squared_difference};
 
 }  // namespace patchcore
 

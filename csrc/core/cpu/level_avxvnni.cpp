@@ -21,8 +21,21 @@ namespace {
 
 }  // namespace
 
-const Level kAvxVnniLevel = {"avxvnni",         avx2::squared_distances, avx2::float16_to_float, avx2::bfloat16_to_float, scan_rows, scan_tile, dots,
-                             avx2::int8_floors, avx2::first_largest,     avx2::quantize,         avx2::multiply_matrix};
+const Level kAvxVnniLevel = {"avxvnni",
+                             avx2::squared_distances,
+                             avx2::float16_to_float,
+                             avx2::bfloat16_to_float,
+                             scan_rows,
+                             scan_tile,
+                             dots,
+                             avx2::int8_floors,
+                             avx2::first_largest,
+                             avx2::quantize,
+                             avx2::multiply_matrix,
+                             avx2::multiply_int16,
+                             avx2::round_to_steps,
+                             avx2::take_marked,
+                             avx2::squared_difference};
 
 }  // namespace patchcore
 

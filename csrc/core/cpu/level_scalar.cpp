@@ -99,9 +99,49 @@ void multiply_matrix(const double* x, const double* matrix, int64_t dim, int64_t
   }
 }
 
+void multiply_int16(const int16_t* rows, int64_t stride, int64_t count, const int16_t* tile, int64_t pairs, int32_t* products,
+                    int64_t products_stride) {
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t o = 0; o < kTileOperands; ++o) {
+      uint32_t sum = 0;  // wraps
+      for (int64_t j = 0; j < 2 * pairs; ++j) {
+        sum += static_cast<uint32_t>(rows[r * stride + j] * tile[(j / 2 * kTileOperands + o) * 2 + j % 2]);
+      }
+      products[r * products_stride + o] = static_cast<int32_t>(sum);
+    }
+  }
+}
+
+double round_to_steps(const float* x, const double* center, int64_t count, double scale, double most, int16_t* steps, double* error_squares) {
+  double squared_norm = 0, errors = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    const RoundedCode rounded = rounded_code(scaled_coordinate(x[j], center[j], scale), most);
+    steps[j] = static_cast<int16_t>(rounded.code);
+    squared_norm += rounded.code * rounded.code;
+    errors += rounded.error * rounded.error;
+  }
+  *error_squares = errors;
+  return squared_norm;
+}
+
+int64_t take_marked(const uint64_t* words, int64_t count, const int32_t* values, int32_t* found) {
+  int64_t taken = 0;
+  for (int64_t m = 0; m < count; ++m) {
+    for (uint64_t left = words[m]; left != 0; left &= left - 1) found[taken++] = values[64 * m + __builtin_ctzll(left)];
+  }
+  return taken;
+}
+
+float squared_difference(const float* a, const float* b, int64_t dim) {
+  float sum = 0;
+  for (int64_t j = 0; j < dim; ++j) sum += (a[j] - b[j]) * (a[j] - b[j]);
+  return sum;
+}
+
 }  // namespace
 
-const Level kScalarLevel = {"scalar", squared_distances, float16_to_float, bfloat16_to_float, scan_rows,      scan_tile,
-                            dots,     int8_floors,       first_largest,    quantize,          multiply_matrix};
+const Level kScalarLevel = {"scalar",       squared_distances, float16_to_float,  bfloat16_to_float, scan_rows,       scan_tile,
+                            dots,           int8_floors,       first_largest,     quantize,          multiply_matrix, multiply_int16,
+                            round_to_steps, take_marked,       squared_difference};
 
 }  // namespace patchcore

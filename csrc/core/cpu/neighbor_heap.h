@@ -17,6 +17,7 @@ struct Neighbor {
 
 class NeighborHeap {
  public:
+  NeighborHeap() = default;
   NeighborHeap(Neighbor* storage, int64_t capacity) : begin_(storage), end_(storage), limit_(storage + capacity) {}
 
   void offer(Neighbor candidate) {
@@ -30,6 +31,11 @@ class NeighborHeap {
     }
   }
 
+  bool full() const { return end_ == limit_; }
+
+  // The worst of those kept; there is one.
+  const Neighbor& worst() const { return *begin_; }
+
   // Ascending order; the heap is spent. Returns the number of neighbours.
   int64_t sort() {
     std::sort_heap(begin_, end_);
@@ -37,9 +43,9 @@ class NeighborHeap {
   }
 
  private:
-  Neighbor* begin_;
-  Neighbor* end_;
-  Neighbor* limit_;
+  Neighbor* begin_ = nullptr;
+  Neighbor* end_ = nullptr;
+  Neighbor* limit_ = nullptr;
 };
 
 }  // namespace patchcore

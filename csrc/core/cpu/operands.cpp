@@ -3,31 +3,13 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/pieces.h"
 #include "cpu/rows.h"
 #include "filter.h"
 
 namespace patchcore {
 
 namespace {
-
-// Hands out aligned pieces of a block of memory; with a null block it only counts.
-class Pieces {
- public:
-  explicit Pieces(void* memory) : memory_(static_cast<char*>(memory)) {}
-
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + used_);
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return piece;
-  }
-
-  int64_t used() const { return used_; }
-
- private:
-  char* memory_;
-  int64_t used_ = 0;
-};
 
 Operands lay_out(int64_t capacity, int64_t dim, const Codes& first, const Codes& second, Pieces* pieces) {
   const int64_t tiles = num_tiles(capacity), padded = tiles * kTileOperands;

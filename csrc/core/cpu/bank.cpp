@@ -1,0 +1,366 @@
+#include "cpu/bank.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "cpu/float_environment.h"
+#include "cpu/search.h"
+#include "filter.h"
+
+namespace patchcore {
+
+namespace {
+
+constexpr int64_t kSampleRows = 2048;
+constexpr int64_t kMostOutputs = 1024;     // of a prefix
+constexpr double kStepPercentile = 0.999;  // steps are fine enough to spare some; clipping would blunt the bound
+constexpr double kCodePercentile = 0.8;    // filter.h, int8_scale
+
+struct Header {
+  int64_t count, dim;
+  int64_t short_outputs, long_outputs;
+  double step_scale;
+  View prefix, second, full;
+  double largest_residual;
+  int64_t prefix_first;
+};
+
+int64_t tiles_of(int64_t count) { return (count + kTileOperands - 1) / kTileOperands; }
+
+void lay_out_tiles(const View& view, int64_t count, int64_t dim, Pieces* pieces, TileFilter* filter) {
+  filter->view = view;
+  filter->words = view.words(dim);
+  filter->tiles = pieces->take<int8_t>(tiles_of(count) * filter->words * 4 * kTileOperands);
+  filter->start = pieces->take<int32_t>(tiles_of(count) * kTileOperands);
+  filter->tile_residuals = pieces->take<double>(tiles_of(count));
+}
+
+// The arrays behind a header; with null pieces only their sizes count.
+PreparedBank lay_out(const Header& header, Pieces* pieces) {
+  PreparedBank bank;
+  bank.count = header.count;
+  bank.dim = header.dim;
+  bank.prefix_first = header.prefix_first != 0;
+  const int64_t outputs = header.short_outputs + header.long_outputs;
+  pieces->take<Header>(1);
+  double* center = pieces->take<double>(header.dim);
+  int16_t* tiles = outputs > 0 ? pieces->take<int16_t>(padded_outputs(outputs) * 2 * pairs_of(header.dim)) : nullptr;
+  bank.projection = {header.dim, outputs, header.step_scale, center, tiles};
+  bank.order = pieces->take<int32_t>(tiles_of(header.count) * kTileOperands);
+  lay_out_tiles(header.full, header.count, header.dim, pieces, &bank.full);
+  if (outputs > 0) {
+    lay_out_tiles(header.prefix, header.count, header.dim, pieces, &bank.prefix);
+    bank.second.view = header.second;
+    bank.second.words = header.second.words(header.dim);
+    bank.second.codes = pieces->take<int8_t>(header.count * 4 * bank.second.words);
+    bank.second.offsets = pieces->take<int32_t>(header.count);
+    bank.second.residuals = pieces->take<float>(header.count);
+    bank.second.largest_residual = header.largest_residual;
+  }
+  return bank;
+}
+
+Header header_of(const Rows& bank, const BankRotation& rotation) {
+  Header header = {};
+  header.count = bank.count;
+  header.dim = bank.dim;
+  header.short_outputs = rotation.short_outputs;
+  header.long_outputs = rotation.short_outputs == 0 ? 0 : rotation.long_outputs;
+  header.step_scale = 1;
+  header.prefix.outputs = header.short_outputs;
+  header.second.begin = header.short_outputs;
+  header.second.outputs = header.long_outputs;
+  return header;
+}
+
+// One slot's memory while packing.
+struct Slot {
+  EncoderMemory encoder;
+  float* widened;  // [kBlockQueries, dim]
+  float* rows;     // [kBlockQueries, dim], gathered
+  uint8_t* codes;  // of one row
+};
+
+Slot slot_at(const Rows& bank, int64_t outputs, Pieces* pieces) {
+  Slot slot = {};
+  slot.encoder = encoder_memory(bank.dim, outputs, pieces);
+  slot.widened = pieces->take<float>(float_scratch(bank, 1));
+  slot.rows = pieces->take<float>(kBlockQueries * bank.dim);
+  slot.codes = pieces->take<uint8_t>(std::max(bank.dim, outputs) + 8);
+  return slot;
+}
+
+// Copies rows which[0 .. count) of the bank to slot.rows.
+FloatRows gather(const Rows& bank, const int32_t* which, int64_t count, const Slot& slot) {
+  for (int64_t i = 0; i < count; ++i) {
+    const FloatRows row = float_rows(bank, which[i], 1, slot.widened);
+    std::memcpy(slot.rows + i * bank.dim, row.data, static_cast<size_t>(bank.dim) * sizeof(float));
+  }
+  return {slot.rows, bank.dim};
+}
+
+double percentile(double* values, int64_t count, double share) {
+  double* at = values + static_cast<int64_t>(static_cast<double>(count - 1) * share);
+  std::nth_element(values, at, values + count);
+  return *at;
+}
+
+struct Packer {
+  const Rows& rows;
+  const Parallel& parallel;
+  PreparedBank bank;
+  Header* header;
+  double* sample;    // [kSampleRows]
+  float* residuals;  // [count]
+  char* slots;
+  int64_t slot_bytes;
+
+  Slot slot(int64_t s) const {
+    Pieces pieces(slots + s * slot_bytes);
+    return slot_at(rows, bank.projection.outputs, &pieces);
+  }
+
+  // Calls visit(encoder, r) for the rows of a sample, in blocks.
+  template <class F>
+  int64_t sample_rows(F&& visit) const {
+    const Slot memory = slot(0);
+    const int64_t step = std::max<int64_t>(1, rows.count / kSampleRows), total = std::min(kSampleRows, (rows.count + step - 1) / step);
+    for (int64_t begin = 0; begin < total; begin += kBlockQueries) {
+      const int64_t count = std::min(kBlockQueries, total - begin);
+      int32_t which[kBlockQueries];
+      for (int64_t i = 0; i < count; ++i) which[i] = static_cast<int32_t>((begin + i) * step);
+      Encoder encoder(bank.projection, memory.encoder);
+      const FloatRows block = gather(rows, which, count, memory);
+      encoder.take(block, count);
+      for (int64_t i = 0; i < count; ++i) visit(encoder, block.data + i * block.stride, begin + i, i);
+    }
+    return total;
+  }
+
+  void choose_step_scale() {
+    const int64_t count = sample_rows([&](const Encoder&, const float* row, int64_t index, int64_t) {
+      double most = 0;
+      for (int64_t j = 0; j < rows.dim; ++j) most = std::max(most, std::abs(row[j] - bank.projection.center[j]));
+      sample[index] = most;
+    });
+    const double magnitude = percentile(sample, count, kStepPercentile);
+    // As int8_scale (filter.h): any scale is sound, and that of a usable magnitude keeps products in range.
+    header->step_scale = magnitude >= 0x1p-150 && magnitude <= 0x1p130 ? largest_step(rows.dim) / magnitude : 1.0;
+    bank.projection.step_scale = header->step_scale;
+  }
+
+  void choose_scale(View* view) {
+    const int64_t coordinates = view->coordinates(rows.dim);
+    double error, sum = 0;
+    if (view->outputs > 0) {
+      const int64_t count =
+          sample_rows([&](const Encoder& encoder, const float*, int64_t, int64_t i) { sum += encoder.coordinates(*view, i, &error)[view->outputs]; });
+      view->shift = sum / static_cast<double>(count);
+    }
+    const int64_t count = sample_rows([&](const Encoder& encoder, const float*, int64_t index, int64_t i) {
+      const double* values = encoder.coordinates(*view, i, &error);
+      double most = 0;
+      for (int64_t k = 0; k < coordinates; ++k) most = std::max(most, std::abs(values[k]));
+      sample[index] = most;
+    });
+    view->scale = int8_scale(percentile(sample, count, kCodePercentile));
+    view->codes_per_unit = view->outputs == 0 ? view->scale : inflate(view->scale * header->step_scale, 1);
+  }
+
+  // Encodes all rows in `order`, and calls visit(encoder, place, i) for each.
+  template <class F>
+  void encode_all(F&& visit) const {
+    parallel([&](int64_t s) {
+      const Slot memory = slot(s);
+      Encoder encoder(bank.projection, memory.encoder);
+      const Share share = share_of(tiles_of(rows.count), s, parallel.num_slots);
+      for (int64_t tile = share.begin; tile < share.end; ++tile) {
+        const int64_t begin = tile * kTileOperands, count = std::min(kTileOperands, rows.count - begin);
+        encoder.take(gather(rows, bank.order + begin, count, memory), count);
+        visit(encoder, memory, tile, count);
+      }
+    });
+  }
+
+  // Orders the rows of each chunk by the residual of the codes that are scanned.
+  void sort_chunks() {
+    const View& view = bank.prefix.words > 0 ? bank.prefix.view : bank.full.view;
+    for (int64_t i = 0; i < tiles_of(rows.count) * kTileOperands; ++i) bank.order[i] = static_cast<int32_t>(i < rows.count ? i : 0);
+    encode_all([&](const Encoder& encoder, const Slot& memory, int64_t tile, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) residuals[tile * kTileOperands + i] = static_cast<float>(encoder.encode(view, i, memory.codes).residual);
+    });
+    for (Chunks chunks(tiles_of(rows.count), false); chunks.next();) {
+      int32_t* begin = bank.order + chunks.begin() * kTileOperands;
+      int32_t* end = bank.order + std::min(rows.count, chunks.end() * kTileOperands);
+      std::sort(begin, end, [&](int32_t a, int32_t b) { return residuals[a] < residuals[b] || (residuals[a] == residuals[b] && a < b); });
+    }
+  }
+
+  void pack_tile(const Encoder& encoder, const Slot& memory, int64_t tile, int64_t count, TileFilter* filter) const {
+    int8_t* codes = filter->tiles + tile * filter->words * 4 * kTileOperands;
+    int32_t* start = filter->start + tile * kTileOperands;
+    std::memset(codes, 0, static_cast<size_t>(filter->words * 4 * kTileOperands));
+    std::fill(start, start + kTileOperands, kInt8PaddingStart);
+    double largest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const RowCodes row = encoder.encode(filter->view, i, memory.codes);
+      int32_t sum = 0;
+      for (int64_t k = 0; k < 4 * filter->words; ++k) {
+        const int8_t code = static_cast<int8_t>(memory.codes[k] - 128);
+        codes[(k / 4 * kTileOperands + i) * 4 + k % 4] = code;
+        sum += code;
+      }
+      start[i] = int8_start(row.squared_norm) - 128 * sum;
+      largest = std::max(largest, row.residual);
+    }
+    filter->tile_residuals[tile] = largest;
+  }
+
+  void pack_rows(const Encoder& encoder, const Slot& memory, int64_t tile, int64_t count) const {
+    const RowFilter& filter = bank.second;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = bank.order[tile * kTileOperands + i];
+      const RowCodes encoded = encoder.encode(filter.view, i, memory.codes);
+      int8_t* codes = filter.codes + row * 4 * filter.words;
+      int32_t sum = 0;
+      for (int64_t k = 0; k < 4 * filter.words; ++k) {
+        codes[k] = static_cast<int8_t>(memory.codes[k] - 128);
+        sum += codes[k];
+      }
+      filter.offsets[row] = encoded.squared_norm + 256 * sum;
+      filter.residuals[row] = round_up_to_float(encoded.residual);
+    }
+  }
+
+  void pack() {
+    if (bank.projection.outputs > 0) choose_step_scale();
+    choose_scale(&bank.full.view);
+    if (bank.prefix.words > 0) {
+      choose_scale(&bank.prefix.view);
+      choose_scale(&bank.second.view);
+    }
+    sort_chunks();
+    encode_all([&](const Encoder& encoder, const Slot& memory, int64_t tile, int64_t count) {
+      pack_tile(encoder, memory, tile, count, &bank.full);
+      if (bank.prefix.words == 0) return;
+      pack_tile(encoder, memory, tile, count, &bank.prefix);
+      pack_rows(encoder, memory, tile, count);
+    });
+    for (int64_t row = 0; bank.prefix.words > 0 && row < rows.count; ++row) {
+      header->largest_residual = std::max<double>(header->largest_residual, bank.second.residuals[row]);
+    }
+    header->prefix = bank.prefix.view;
+    header->second = bank.second.view;
+    header->full = bank.full.view;
+  }
+
+  bool prefix_pays(Pieces* memory) const;
+};
+
+// Whether the prefix is worth scanning first: rows of the bank look for another one by it.
+bool Packer::prefix_pays(Pieces* memory) const {
+  constexpr int64_t kAsked = kBlockQueries, kNeighbors = 2;  // the nearest row is the row itself
+  SearchOptions options;
+  options.prefix = 1;
+  const SearchMemory search = search_memory(rows, rows, bank, kNeighbors, memory);
+  const Slot gathered = slot(0);
+  int32_t which[kAsked];
+  for (int64_t i = 0; i < kAsked; ++i) which[i] = static_cast<int32_t>(i * rows.count / kAsked);
+  BlockSearch block(rows, bank, kNeighbors, options, search);
+  block.search(gather(rows, which, kAsked, gathered), kAsked, nullptr);
+  return block.prefix_pays(block.statistics().survivors, block.statistics().pairs);
+}
+
+// Matrix [outputs, dim] as the tiles of IntegerProjection.
+void tile_matrix(const BankRotation& rotation, int64_t dim, int64_t outputs, int16_t* tiles) {
+  std::memset(tiles, 0, static_cast<size_t>(padded_outputs(outputs) * 2 * pairs_of(dim)) * sizeof(int16_t));
+  for (int64_t o = 0; o < outputs; ++o) {
+    int16_t* tile = tiles + o / kTileOperands * kTileOperands * 2 * pairs_of(dim);
+    for (int64_t j = 0; j < dim; ++j) tile[(j / 2 * kTileOperands + o % kTileOperands) * 2 + j % 2] = rotation.matrix[o * dim + j];
+  }
+}
+
+bool rows_are_contraction(const int16_t* matrix, int64_t outputs, int64_t dim) {
+  for (int64_t a = 0; a < outputs; ++a) {
+    int64_t sum = 0;
+    for (int64_t b = 0; b < outputs; ++b) {
+      int64_t product = 0;
+      for (int64_t j = 0; j < dim; ++j) product += matrix[a * dim + j] * matrix[b * dim + j];
+      sum += product < 0 ? -product : product;
+    }
+    if (sum > int64_t{1} << (2 * kContractionBits)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+bool is_contraction(const BankRotation& rotation, int64_t dim) {
+  return rotation.short_outputs <= kMostOutputs && rotation.long_outputs <= kMostOutputs &&
+         rows_are_contraction(rotation.matrix, rotation.short_outputs, dim) &&
+         rows_are_contraction(rotation.matrix + rotation.short_outputs * dim, rotation.long_outputs, dim);
+}
+
+int64_t prepared_bank_bytes(const Rows& bank, const BankRotation& rotation) {
+  Pieces pieces(nullptr);
+  lay_out(header_of(bank, rotation), &pieces);
+  return pieces.used();
+}
+
+int64_t prepare_bank_workspace_bytes(const Rows& bank, const BankRotation& rotation, const Parallel& parallel) {
+  Pieces slot(nullptr), all(nullptr);
+  slot_at(bank, rotation.short_outputs + rotation.long_outputs, &slot);
+  all.take<double>(kSampleRows);
+  all.take<float>(bank.count);
+  all.take<char>(parallel.num_slots * slot.used());
+  Pieces nothing(nullptr);
+  search_memory(bank, bank, lay_out(header_of(bank, rotation), &nothing), 2, &all);
+  return all.used() + 64;
+}
+
+void prepare_bank_cpu(const Rows& bank, const BankRotation& rotation, const Parallel& parallel, void* workspace, void* prepared) {
+  const FloatEnvironment ieee;  // samples are taken on the caller's thread
+  Header header = header_of(bank, rotation);
+  Pieces pieces(prepared), memory(aligned_start(workspace)), slot(nullptr);
+  PreparedBank layout = lay_out(header, &pieces);
+  std::memcpy(const_cast<double*>(layout.projection.center), rotation.center, static_cast<size_t>(bank.dim) * sizeof(double));
+  if (layout.projection.outputs > 0) tile_matrix(rotation, bank.dim, layout.projection.outputs, const_cast<int16_t*>(layout.projection.tiles));
+  slot_at(bank, layout.projection.outputs, &slot);
+  double* sample = memory.take<double>(kSampleRows);
+  float* residuals = memory.take<float>(bank.count);
+  Packer packer = {bank, parallel, layout, &header, sample, residuals, memory.take<char>(parallel.num_slots * slot.used()), slot.used()};
+  packer.pack();
+  header.prefix_first = layout.prefix.words > 0 && packer.prefix_pays(&memory);
+  std::memcpy(prepared, &header, sizeof(Header));
+}
+
+bool prepared_bank_fits(const Rows& bank, const void* prepared, int64_t bytes) {
+  Header header;
+  if (bytes < static_cast<int64_t>(sizeof(Header))) return false;
+  std::memcpy(&header, prepared, sizeof(Header));
+  const auto usable = [&](const View& view, int64_t begin, int64_t outputs) {
+    return view.begin == begin && view.outputs == outputs && view.scale > 0 && view.codes_per_unit > 0 && view.codes_per_unit < INFINITY;
+  };
+  if (bank.dim > kMaxFilterDim || header.count != bank.count || header.dim != bank.dim || header.short_outputs < 0 || header.long_outputs < 0 ||
+      header.short_outputs > kMostOutputs || header.long_outputs > kMostOutputs || !usable(header.full, 0, 0))
+    return false;
+  if (header.short_outputs > 0 &&
+      !(usable(header.prefix, 0, header.short_outputs) && usable(header.second, header.short_outputs, header.long_outputs)))
+    return false;
+  Pieces pieces(const_cast<void*>(prepared));
+  const PreparedBank inside = lay_out(header, &pieces);
+  if (bytes != pieces.used()) return false;
+  bool good = true;  // what is used as an index
+  for (int64_t i = 0; i < tiles_of(bank.count) * kTileOperands; ++i) good &= inside.order[i] >= 0 && inside.order[i] < bank.count;
+  return good;
+}
+
+PreparedBank prepared_bank_at(const void* prepared) {
+  Header header;
+  std::memcpy(&header, prepared, sizeof(Header));
+  Pieces pieces(const_cast<void*>(prepared));  // read only: PreparedBank serves the packer as well
+  return lay_out(header, &pieces);
+}
+
+}  // namespace patchcore

@@ -1,0 +1,44 @@
+// The prepared bank: int8 copies of a memory bank, laid out for the search (knn.h). Built once, then only read.
+//
+// Tiles hold 64 bank rows each, in `order`: first a few tiles, then twice as many, and so on (kChunk...), each such chunk sorted by residual, so that
+// the largest residual of a tile is not much larger than the others.
+#pragma once
+
+#include "cpu/encoder.h"
+#include "knn.h"
+
+namespace patchcore {
+
+// Codes that are scanned: tile by tile, all queries of a block against 64 bank rows.
+struct TileFilter {
+  View view;
+  int64_t words = 0;
+  int8_t* tiles = nullptr;           // [num_tiles, words, 64, 4], signed codes
+  int32_t* start = nullptr;          // [num_tiles * 64], what an accumulator starts at
+  double* tile_residuals = nullptr;  // [num_tiles]: the largest residual of each tile
+};
+
+// Codes that are looked up row by row.
+struct RowFilter {
+  View view;
+  int64_t words = 0;
+  int8_t* codes = nullptr;      // [count, 4 * words], signed, by bank row
+  int32_t* offsets = nullptr;   // [count]: n_y + 2 * 128 * (sum of the codes), so that ||a_x - a_y||^2 = n_x + offset - 2 * dot
+  float* residuals = nullptr;   // [count]
+  double largest_residual = 0;  // of all rows
+};
+
+struct PreparedBank {
+  int64_t count = 0;
+  int64_t dim = 0;
+  bool prefix_first = false;  // the plan: scan the prefix, or scan all coordinates at once
+  IntegerProjection projection;
+  int32_t* order = nullptr;  // [num_tiles * 64], the bank row of each place in the tiles; places beyond the last row repeat row 0
+  TileFilter prefix, full;   // no projection: prefix.words = 0
+  RowFilter second;
+};
+
+// The prepared bank that lies in `prepared` (see knn.h).
+PreparedBank prepared_bank_at(const void* prepared);
+
+}  // namespace patchcore

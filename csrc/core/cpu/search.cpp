@@ -1,0 +1,202 @@
+#include "cpu/search.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "filter.h"
+
+namespace patchcore {
+
+namespace {
+
+// Looking a row up by its second codes costs as much as the scan spends on so many words of a pair: measured 6 ns against 0.02 ns.
+constexpr double kLookUpWords = 300;
+constexpr int64_t kBlocksToWait = 15;
+constexpr int64_t kFetchAhead = 3;
+
+int64_t num_tiles(const PreparedBank& bank) { return (bank.count + kTileOperands - 1) / kTileOperands; }
+
+}  // namespace
+
+SearchMemory search_memory(const Rows& queries, const Rows& rows, const PreparedBank& bank, int64_t k, Pieces* pieces) {
+  SearchMemory memory = {};
+  memory.encoder = encoder_memory(bank.dim, bank.projection.outputs, pieces);
+  memory.widened = pieces->take<float>(float_scratch(queries, kBlockQueries));
+  memory.widened_row = pieces->take<float>(float_scratch(rows, 1));
+  memory.scanned_codes = pieces->take<uint8_t>(kBlockQueries * 4 * std::max(bank.full.words, bank.prefix.words));
+  memory.second_codes = pieces->take<uint8_t>(kBlockQueries * 4 * bank.second.words);
+  memory.masks = pieces->take<uint64_t>(kBlockQueries * kMaskStride);
+  memory.left = pieces->take<int32_t>(std::max(kChunkTiles * kTileOperands, 3 * k) + 4);
+  memory.dots = pieces->take<int32_t>(std::max(kChunkTiles * kTileOperands, 3 * k));
+  memory.keys = pieces->take<int64_t>(std::max(kChunkTiles * kTileOperands, 3 * k));
+  memory.neighbors = pieces->take<Neighbor>(block_queries(k) * k);
+  return memory;
+}
+
+BlockSearch::BlockSearch(const Rows& rows, const PreparedBank& bank, int64_t k, const SearchOptions& options, const SearchMemory& memory)
+    : rows_(rows),
+      bank_(bank),
+      k_(k),
+      options_(options),
+      memory_(memory),
+      encoder_(bank.projection, memory.encoder),
+      slack_(canonical_slack(bank.dim)) {}
+
+double BlockSearch::bound(int64_t q) const { return heaps_[q].full() ? std::min(limit_[q], heaps_[q].worst().squared_distance) : limit_[q]; }
+
+double BlockSearch::canonical(int64_t q, int64_t row) {
+  const FloatRows features = float_rows(rows_, row, 1, memory_.widened_row);
+  double squared_distance;
+  level().squared_distances(queries_.data + q * queries_.stride, features.data, features.stride, 1, bank_.dim, &squared_distance);
+  ++statistics_.canonical;
+  return squared_distance;
+}
+
+// Asks for a bank row ahead of its use; rows lie anywhere.
+void BlockSearch::fetch(int64_t row) const {
+  const int64_t size = rows_.type == ScalarType::kFloat32 ? 4 : 2;
+  const char* begin = static_cast<const char*>(rows_.data) + row * rows_.stride * size;
+  for (int64_t b = 0; b < rows_.dim * size; b += 64) __builtin_prefetch(begin + b);
+}
+
+// Offers a row to the heap of a query, unless float32 tells that it is too far.
+void BlockSearch::evaluate(int64_t q, int64_t row) {
+  if (bound(q) < INFINITY) {
+    const FloatRows features = float_rows(rows_, row, 1, memory_.widened_row);
+    ++statistics_.differences;
+    const float difference = level().squared_difference(queries_.data + q * queries_.stride, features.data, bank_.dim);
+    if (difference > difference_skip_limit(bound(q), bank_.dim, slack_)) return;
+  }
+  heaps_[q].offer({canonical(q, row), row});
+}
+
+// A first bound: k rows that were near the patch above or its neighbours, the nearest of them by the second codes where there are any.
+void BlockSearch::start_from(int64_t q, const int64_t* above, int64_t count) {
+  limit_[q] = INFINITY;
+  if (above == nullptr) return;
+  const RowFilter& second = bank_.second;
+  const int64_t neighbors[3] = {q, q > 0 ? q - 1 : q, q + 1 < count ? q + 1 : q};
+  const int64_t candidates = prefix_ ? 3 * k_ : k_;
+  for (int64_t i = 0; i < candidates; ++i) memory_.left[i] = static_cast<int32_t>(above[neighbors[i / k_] * k_ + i % k_]);
+  for (int64_t i = 0; i < candidates; ++i) memory_.keys[i] = memory_.left[i];
+  int64_t distinct = candidates;
+  if (prefix_) {
+    level().dots(memory_.second_codes + q * 4 * second.words, second.codes, 4 * second.words, memory_.left, candidates, second.words, memory_.dots);
+    for (int64_t i = 0; i < candidates; ++i) {
+      const int32_t row = memory_.left[i], apart = second_[q].squared_norm + second.offsets[row] - 2 * memory_.dots[i];
+      memory_.keys[i] = static_cast<int64_t>(apart) << 32 | row;
+    }
+    std::sort(memory_.keys, memory_.keys + candidates);
+    distinct = std::unique(memory_.keys, memory_.keys + candidates) - memory_.keys;
+  }
+  double largest = 0;
+  for (int64_t i = 0; i < std::min(k_, distinct); ++i) largest = std::max(largest, canonical(q, static_cast<int32_t>(memory_.keys[i])));
+  limit_[q] = largest;
+}
+
+void BlockSearch::encode_scanned(int64_t count) {
+  const TileFilter& filter = prefix_ ? bank_.prefix : bank_.full;
+  for (int64_t q = 0; q < count; ++q) {
+    const RowCodes codes = encoder_.encode(filter.view, q, memory_.scanned_codes + q * 4 * filter.words);
+    norms_[q] = codes.squared_norm;
+    residuals_[q] = codes.residual;
+  }
+}
+
+// Bits of the rows that the scan leaves, for all queries of the block and the tiles of a chunk.
+void BlockSearch::scan(const Chunks& chunks, int64_t count) {
+  const TileFilter& filter = prefix_ ? bank_.prefix : bank_.full;
+  const int64_t padded = (count + 7) / 8 * 8;
+  alignas(64) int32_t floors[kBlockQueries];
+  for (int64_t q = 0; q < count; ++q) reach_[q] = search_reach(bound(q), 0, residuals_[q], filter.view.codes_per_unit, slack_);
+  for (int64_t q = count; q < padded; ++q) {
+    reach_[q] = -INFINITY;
+    norms_[q] = 0;
+  }
+  uint64_t survivors[kBlockQueries];
+  for (int64_t tile = chunks.begin(); tile < chunks.end(); ++tile) {
+    level().int8_floors(reach_, norms_, padded, filter.tile_residuals[tile], floors);
+    level().scan_rows(memory_.scanned_codes, 4 * filter.words, count, filter.tiles + tile * 4 * filter.words * kTileOperands,
+                      filter.start + tile * kTileOperands, filter.words, floors, survivors);
+    for (int64_t q = 0; q < count; ++q) memory_.masks[q * kMaskStride + tile - chunks.begin()] = survivors[q];
+  }
+}
+
+void BlockSearch::rescue(int64_t q, int64_t count) {
+  if (prefix_) {
+    rescue_by_second(q, count);
+  } else {
+    for (int64_t i = 0; i < count; ++i) evaluate(q, memory_.left[i]);
+  }
+}
+
+// The longer prefix discards most; the k nearest by it are evaluated first, so that the others face a tight bound.
+void BlockSearch::rescue_by_second(int64_t q, int64_t count) {
+  const RowFilter& filter = bank_.second;
+  level().dots(memory_.second_codes + q * 4 * filter.words, filter.codes, 4 * filter.words, memory_.left, count, filter.words, memory_.dots);
+  const auto limit_for = [&](double residual) {
+    const double reach = search_reach(bound(q), 0, second_[q].residual, filter.view.codes_per_unit, slack_);
+    return int8_skip_limit(reach, residual);
+  };
+  const int32_t norm = second_[q].squared_norm, limit = limit_for(filter.largest_residual);
+  int64_t left = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t row = memory_.left[i];
+    const int32_t apart = norm + filter.offsets[row] - 2 * memory_.dots[i];
+    memory_.keys[left] = static_cast<int64_t>(apart) << 32 | row;
+    left += apart < limit;
+  }
+  if (left > k_) std::nth_element(memory_.keys, memory_.keys + k_, memory_.keys + left);
+  double known = bound(q);
+  int32_t tightened = limit;
+  for (int64_t i = 0; i < std::min(left, kFetchAhead); ++i) fetch(static_cast<int32_t>(memory_.keys[i]));
+  for (int64_t i = 0; i < left; ++i) {
+    if (i + kFetchAhead < left && memory_.keys[i + kFetchAhead] >> 32 < tightened) fetch(static_cast<int32_t>(memory_.keys[i + kFetchAhead]));
+    if (memory_.keys[i] >> 32 >= tightened) continue;
+    evaluate(q, static_cast<int32_t>(memory_.keys[i]));
+    if (bound(q) < known) {
+      known = bound(q);
+      tightened = limit_for(filter.largest_residual);
+    }
+  }
+}
+
+bool BlockSearch::prefix_pays(int64_t survivors, int64_t pairs) const {
+  return static_cast<double>(survivors) * kLookUpWords < static_cast<double>(pairs * (bank_.full.words - bank_.prefix.words));
+}
+
+bool BlockSearch::search(const FloatRows& queries, int64_t count, const int64_t* above) {
+  queries_ = queries;
+  if (!encoder_.take(queries, count)) return false;
+  prefix_ = bank_.prefix.words > 0 && (options_.prefix > 0 || (options_.prefix == 0 && bank_.prefix_first && blocks_to_wait_ == 0));
+  if (blocks_to_wait_ > 0) --blocks_to_wait_;
+  encode_scanned(count);
+  for (int64_t q = 0; q < count; ++q) {
+    heaps_[q] = NeighborHeap(memory_.neighbors + q * k_, k_);
+    if (prefix_) second_[q] = encoder_.encode(bank_.second.view, q, memory_.second_codes + q * 4 * bank_.second.words);
+    start_from(q, above, count);
+  }
+  for (Chunks chunks(num_tiles(bank_), above != nullptr); chunks.next();) {
+    scan(chunks, count);
+    int64_t survivors = 0;
+    for (int64_t q = 0; q < count; ++q) {
+      const int64_t left = level().take_marked(memory_.masks + q * kMaskStride, chunks.end() - chunks.begin(),
+                                               bank_.order + chunks.begin() * kTileOperands, memory_.left);
+      rescue(q, left);
+      survivors += left;
+    }
+    const int64_t pairs = count * (chunks.end() - chunks.begin()) * kTileOperands;
+    statistics_.pairs += pairs;
+    statistics_.survivors += survivors;
+    const bool telling = chunks.end() - chunks.begin() == kChunkTiles;  // earlier ones are left more than those to come
+    if (prefix_ && telling && options_.prefix == 0 && !prefix_pays(survivors, pairs)) {
+      prefix_ = false;
+      blocks_to_wait_ = kBlocksToWait;
+      encode_scanned(count);
+    }
+  }
+  for (int64_t q = 0; q < count; ++q) heaps_[q].sort();
+  return true;
+}
+
+}  // namespace patchcore
