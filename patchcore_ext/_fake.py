@@ -44,7 +44,7 @@ def _add_picks(features: Tensor, picks: Tensor, min_distances: Tensor, codes: Te
     return None
 
 
-def _prepare_bank(bank: Tensor, center: Tensor, matrix: Tensor, short_outputs: int) -> Tensor:
+def _prepare_bank(bank: Tensor, center: Tensor, matrix: Tensor, short_outputs: int, order: Tensor) -> Tensor:
     """The size of what lay_out of csrc/core/cpu/bank.cpp lays out; opcheck compares it with the kernel's."""
     rows, dim = bank.shape
     outputs, tiles = matrix.shape[0], (rows + 63) // 64
@@ -55,11 +55,12 @@ def _prepare_bank(bank: Tensor, center: Tensor, matrix: Tensor, short_outputs: i
     pieces = [176, 8 * dim, 256 * tiles, *tile_filter((dim + 3) // 4)]
     if outputs > 0:
         words = (outputs - short_outputs + 4) // 4
-        pieces += [(outputs + 63) // 64 * 128 * ((dim + 1) // 2 * 2), *tile_filter((short_outputs + 4) // 4), rows * 4 * words, 4 * rows, 4 * rows]
+        pieces += [(outputs + 63) // 64 * 128 * ((dim + 1) // 2 * 2), *tile_filter((short_outputs + 4) // 4), 4 * rows]
+        pieces += [rows * 4 * words, 4 * rows, 4 * rows]
     return bank.new_empty((sum((size + 63) // 64 * 64 for size in pieces),), dtype=torch.uint8)
 
 
-def _nearest_neighbors(queries: Tensor, bank: Tensor, k: int, prepared: Tensor | None = None, line: int = 0) -> tuple[Tensor, Tensor]:
+def _nearest_neighbors(queries: Tensor, bank: Tensor, k: int, prepared: Tensor | None = None) -> tuple[Tensor, Tensor]:
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=torch.float64), queries.new_empty(shape, dtype=torch.int64)
 

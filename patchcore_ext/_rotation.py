@@ -43,21 +43,22 @@ def center_and_prefix(rows: Tensor) -> tuple[Tensor, Tensor]:
     return center, matrix / (bound.sqrt() * (1 + 1e-9))
 
 
-_SHORT, _LONG = 63, 191  # with the norm of the rest as one more coordinate: 64 and 192 codes
+_SHORT, _LONG = 63, 255  # with the norm of the rest as one more coordinate: 64 and 256 codes
 _PREPARED_ROWS = 2048  # below, scanning all coordinates is as fast
 _PREPARED_DIMS = range(192, 8193)
 _POWER_STEPS = 6
 _UNIT = 2**14
+_AXES, _TILE = 16, 64  # of the order of the rows
 
 
-def center_alone(bank: Tensor) -> tuple[Tensor, Tensor, int]:
+def center_alone(bank: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
     """As :func:`center_and_prefixes`, without prefixes: for a bank that is used once."""
     step = max(1, bank.shape[0] // _SAMPLE_ROWS)
     center = bank[::step][:_SAMPLE_ROWS].double().median(0).values
-    return center, center.new_zeros((0, bank.shape[1]), dtype=torch.int16), 0
+    return center, center.new_zeros((0, bank.shape[1]), dtype=torch.int16), 0, torch.arange(bank.shape[0], dtype=torch.int32, device=bank.device)
 
 
-def center_and_prefixes(bank: Tensor) -> tuple[Tensor, Tensor, int]:
+def center_and_prefixes(bank: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
     """Where the rows of a memory bank are, and its two prefixes.
 
     The choice decides how much the search has to look at, never what it finds. Both prefixes span leading principal directions of a sample, found by subspace
@@ -70,18 +71,35 @@ def center_and_prefixes(bank: Tensor) -> tuple[Tensor, Tensor, int]:
         ``center`` float64 ``[D]``, a median; ``matrix`` int16 ``[short + long, D]``, whose two parts divided by 2^14 have no singular value above 1; and short.
         The matrix is empty where a prefix would not pay.
     """
-    center, none, _ = center_alone(bank)
+    without = center_alone(bank)
+    center = without[0]
     dim = bank.shape[1]
     if dim not in _PREPARED_DIMS or bank.shape[0] < _PREPARED_ROWS:
-        return center, none, 0
+        return without
     deviations = bank[:: max(1, bank.shape[0] // _SAMPLE_ROWS)][:_SAMPLE_ROWS].double() - center  # [S, D]
     scale = deviations.abs().max()
     if not (bool(scale > 0) and bool(scale.isfinite())):
-        return center, none, 0
-    short, long = _SHORT, min(_LONG, dim // 2)
+        return without
+    short, long = _SHORT, min(_LONG, 2 * dim // 3)
     directions = _principal_directions((deviations / scale).float(), long)  # [D, long]
     parts = [_integer_contraction(directions[:, :count], seed) for seed, count in enumerate((short, long))]
-    return center, torch.cat(parts), short
+    return center, torch.cat(parts), short, _neighborly_order((bank.float() - center.float()) @ directions[:, :_AXES].float())
+
+
+def _neighborly_order(points: Tensor) -> Tensor:
+    """A permutation, int32 ``[M]``, of points ``[M, axes]`` that puts neighbours together: split in the middle along the widest axis, again and again."""
+    order, finished = [torch.arange(points.shape[0])], []
+    while order:
+        part = order.pop()
+        tiles = -(-part.numel() // _TILE)
+        if tiles == 1:
+            finished.append(part)
+            continue
+        inside = points[part]  # [m, axes]
+        ranked = part[inside[:, int(inside.var(0).argmax())].argsort(stable=True)]
+        middle = tiles // 2 * _TILE  # whole tiles, all but the last
+        order += [ranked[middle:], ranked[:middle]]
+    return torch.cat(finished).to(torch.int32)
 
 
 def _principal_directions(deviations: Tensor, count: int) -> Tensor:

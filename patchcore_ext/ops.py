@@ -261,7 +261,7 @@ def prepare_bank(bank: ArrayLike) -> list[Tensor]:
         return [_ops.prepare_bank(rows, *_rotation.center_and_prefixes(rows))]
 
 
-def nearest_neighbors(queries: ArrayLike, bank: ArrayLike, k: int, prepared: Sequence[Tensor] = (), line: int = 0) -> tuple[Tensor, Tensor]:
+def nearest_neighbors(queries: ArrayLike, bank: ArrayLike, k: int, prepared: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
     """The k nearest bank rows of each query, exactly.
 
     Args:
@@ -270,7 +270,6 @@ def nearest_neighbors(queries: ArrayLike, bank: ArrayLike, k: int, prepared: Seq
         k: 1 <= k <= M.
         prepared: What :func:`prepare_bank` gave for this bank. Empty: where there is much to search, int8 copies are made for this call alone, which costs
             about as much as 64 queries; else all distances are computed. The result is the same.
-        line: Queries i and i + line are neighbours in an image, so that one's nearest rows are a good start for the other; 0: unknown. A hint.
 
     Returns:
         ``squared_distances`` float64 ``[Q, k]``, ascending, canonical, and ``indices`` int64 ``[Q, k]``; equal distances in the order of their indices.
@@ -295,12 +294,11 @@ def nearest_neighbors(queries: ArrayLike, bank: ArrayLike, k: int, prepared: Seq
     known = _checks.features(op, "bank", bank)
     _checks.same_dim(op, "queries", asked, "bank", known)
     _checks.integer(op, "k", k, 1, known.shape[0], " (the rows of the bank)")
-    _checks.integer(op, "line", line, 0)
     with _checks.native_errors(op):
         codes = _codes_of(op, prepared)
         if codes is None and asked.shape[0] >= _MANY_QUERIES and _can_be_prepared(known):
             codes = _ops.prepare_bank(known.detach(), *_rotation.center_alone(known.detach()))
-        squared_distances, indices = _ops.nearest_neighbors(asked, known, k, codes, line)
+        squared_distances, indices = _ops.nearest_neighbors(asked, known, k, codes)
     return squared_distances, indices
 
 

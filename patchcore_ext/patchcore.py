@@ -338,7 +338,7 @@ class PatchCore:
         for batch in batches:
             # One image at a time: the scores are the same for any batch size, and Ctrl-C is heard in between.
             for path, (height, width), patches in zip(batch.paths, batch.sizes, batch.features.unbind(0), strict=True):
-                scores = scorer(patches.unsqueeze(0), batch.grid)
+                scores = scorer(patches.unsqueeze(0))
                 score = float(scores.image_scores[0])
                 anomaly_map = anomaly_maps(scores.patch_distances, batch.grid, batch.input_size)[0]  # [h, w]
                 yield Prediction(path, score, self.transform.map_to_image(anomaly_map, height, width), score > threshold, threshold)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -114,12 +113,11 @@ class PatchScorer(torch.nn.Module):
         rows, dim = self.bank.shape
         return f"bank=[{rows}, {dim}] {self.bank.dtype}, num_neighbors={self.num_neighbors}, score={self.score!r}"
 
-    def forward(self, patches: ArrayLike, grid: tuple[int, int] | None = None) -> PatchScores:
+    def forward(self, patches: ArrayLike) -> PatchScores:
         """Scores images.
 
         Args:
             patches: ``[B, P, D]``, or ``[P, D]`` for one image (then B = 1), float32, float16 or bfloat16, P >= 1.
-            grid: Rows and columns of patches; speeds the search up, changes nothing. None: a square where P is one.
 
         Returns:
             Image scores ``[B]``, patch distances ``[B, P]`` and nearest bank rows ``[B, P]``.
@@ -139,9 +137,7 @@ class PatchScorer(torch.nn.Module):
         if num_patches == 0:
             raise ValueError(f"{op}: expected patches to have at least one patch an image, got {_checks.describe(patches)}.")
         queries = features.flatten(0, 1)  # [B * P, D]
-        side = math.isqrt(num_patches)
-        line = grid[1] if grid is not None else side if side * side == num_patches else 0
-        squared, nearest = ops.nearest_neighbors(queries, self.bank, 1, self._copies(), line)
+        squared, nearest = ops.nearest_neighbors(queries, self.bank, 1, self._copies())
         squared, nearest = squared.view(batch, num_patches), nearest.view(batch, num_patches)
         if self.score == "amazon":
             return PatchScores(squared.amax(1).float(), squared.float(), nearest)

@@ -154,7 +154,13 @@ SAMPLES = {
         torch.full((9,), INFINITY, dtype=torch.float64),
         ops.coreset_codes(make_features("random", 9, 5)),
     ),
-    "prepare_bank": lambda: (make_features("random", 300, 40), torch.zeros(40, dtype=torch.float64), torch.eye(9, 40).mul(16384).to(torch.int16), 5),
+    "prepare_bank": lambda: (
+        make_features("random", 300, 40),
+        torch.zeros(40, dtype=torch.float64),
+        torch.eye(9, 40).mul(16384).to(torch.int16),
+        5,
+        torch.arange(300, dtype=torch.int32),
+    ),
     "nearest_neighbors": lambda: (make_features("random", 9, 5), make_features("random", 7, 5), 3),
     "image_scores": lambda: (
         torch.rand(3, 2, dtype=torch.float64),

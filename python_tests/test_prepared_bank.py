@@ -22,13 +22,13 @@ def prepared(bank: Tensor) -> list[Tensor]:
     """As ops.prepare_bank, without its choice: a prefix also for a bank that is too small for one to pay."""
     if bank.shape[1] < 32:
         return ops.prepare_bank(bank)
-    center, _, _ = _rotation.center_alone(bank)
+    center, _, _, order = _rotation.center_alone(bank)
     parts = [_rotation._integer_contraction(make_features("random", bank.shape[1], count).double() * 0.1, seed=count) for count in (7, 15)]
-    return [torch.ops.patchcore_ext.prepare_bank(bank, center, torch.cat(parts), 7)]
+    return [torch.ops.patchcore_ext.prepare_bank(bank, center, torch.cat(parts), 7, order.flip(0))]
 
 
-def assert_equal_to_every_distance(queries: Tensor, bank: Tensor, codes: list[Tensor], k: int, line: int = 0) -> None:
-    found, expected = ops.nearest_neighbors(queries, bank, k, codes, line), torch.ops.patchcore_ext.nearest_neighbors(queries, bank, k)
+def assert_equal_to_every_distance(queries: Tensor, bank: Tensor, codes: list[Tensor], k: int) -> None:
+    found, expected = ops.nearest_neighbors(queries, bank, k, codes), torch.ops.patchcore_ext.nearest_neighbors(queries, bank, k)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
 
@@ -41,7 +41,7 @@ def test_neighbors_are_the_same(kind: str, dim: int, dtype: torch.dtype) -> None
     queries = torch.cat([make_features(kind, 60, dim, dtype, seed=1), bank[::20]])
     codes = prepared(bank)
     for k in (1, 2, 9, 100, 400):
-        assert_equal_to_every_distance(queries, bank, codes, k, line=16)
+        assert_equal_to_every_distance(queries, bank, codes, k)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -52,8 +52,8 @@ def test_neighbors_are_the_same_where_a_prefix_pays(offset: float, dtype: torch.
     codes = ops.prepare_bank(bank)
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        for k, line in ((1, 20), (1, 0), (9, 20), (100, 0)):
-            assert_equal_to_every_distance(queries, bank, codes, k, line)
+        for k in (1, 9, 100):
+            assert_equal_to_every_distance(queries, bank, codes, k)
     assert sum(code.nbytes for code in codes) <= 0.75 * bank.numel() * 4
 
 
@@ -67,7 +67,7 @@ def test_rows_of_the_bank_find_the_first_of_their_duplicates() -> None:
 def test_one_query_alone_gets_the_bits_of_the_batch() -> None:
     bank, queries = features_like_real_ones(2500, 200), features_like_real_ones(150, 200, seed=9)
     codes = ops.prepare_bank(bank)
-    batch = ops.nearest_neighbors(queries, bank, 3, codes, line=15)
+    batch = ops.nearest_neighbors(queries, bank, 3, codes)
     for q in range(0, 150, 7):
         alone = ops.nearest_neighbors(queries[q : q + 1], bank, 3, codes)
         assert torch.equal(alone[0][0], batch[0][q])
@@ -127,12 +127,15 @@ def test_other_codes_are_refused() -> None:
 def test_a_matrix_that_enlarges_distances_is_refused() -> None:
     bank = make_features("random", 300, 20)
     center = torch.zeros(20, dtype=torch.float64)
-    matrix = torch.full((4, 20), 16384, dtype=torch.int16)
+    matrix, order = torch.full((4, 20), 16384, dtype=torch.int16), torch.arange(300, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="expected matrix / 2\\^14 to hold two contractions"):
-        torch.ops.patchcore_ext.prepare_bank(bank, center, matrix, 2)
+        torch.ops.patchcore_ext.prepare_bank(bank, center, matrix, 2, order)
+    for wrong in (order.clamp(max=298), order - 1, order.clamp(min=1)):
+        with pytest.raises(RuntimeError, match="expected order to be a permutation of the rows"):
+            torch.ops.patchcore_ext.prepare_bank(bank, center, matrix[:0], 0, wrong)
     for short in (-1, 0, 5):
         with pytest.raises(RuntimeError, match="expected short_outputs to lie in"):
-            torch.ops.patchcore_ext.prepare_bank(bank, center, matrix, short)
+            torch.ops.patchcore_ext.prepare_bank(bank, center, matrix, short, order)
 
 
 @pytest.mark.parametrize("score", ["paper", "max", "anomalib", "amazon"])
@@ -140,7 +143,7 @@ def test_scores_are_those_of_every_distance(score: str) -> None:
     bank, patches = features_like_real_ones(2200, 200), features_like_real_ones(96, 200, seed=4).view(2, 48, 200)
     scorer = PatchScorer(bank, score=score)
     assert scorer.describe()["prepared_bytes"] > 0
-    found = scorer(patches, grid=(6, 8))
+    found = scorer(patches)
     scorer._prepared = None
     expected = scorer(patches)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -243,7 +243,16 @@ std::tuple<Tensor, Tensor> greedy_coreset(const Tensor& features, Tensor min_dis
   return {indices, squared_distances};
 }
 
-Tensor prepare_bank(const Tensor& bank, const Tensor& center, const Tensor& matrix, int64_t short_outputs) {
+void check_permutation(const int32_t* values, int64_t count, const char* op, const char* argument) {
+  std::vector<bool> seen(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    if (values[i] < 0 || values[i] >= count || seen[static_cast<size_t>(values[i])])
+      fail(op, ": expected ", argument, " to be a permutation of the rows, got ", values[i], " at ", i, ".");
+    seen[static_cast<size_t>(values[i])] = true;
+  }
+}
+
+Tensor prepare_bank(const Tensor& bank, const Tensor& center, const Tensor& matrix, int64_t short_outputs, const Tensor& order) {
   const char* op = "prepare_bank";
   const Feature known = features_of(bank, op, "bank");
   const int64_t dim = known.rows.dim;
@@ -254,11 +263,13 @@ Tensor prepare_bank(const Tensor& bank, const Tensor& center, const Tensor& matr
   check_vector(center, ScalarType::Double, dim, op, "center", "float64");
   if (!matrix.is_cpu() || matrix.scalar_type() != ScalarType::Short || matrix.dim() != 2 || matrix.size(1) != dim || !matrix.is_contiguous())
     fail(op, ": expected matrix to be a contiguous int16 CPU tensor of shape [outputs, ", dim, "], got shape ", shape_of(matrix), ".");
+  check_vector(order, ScalarType::Int, known.rows.count, op, "order", "int32");
+  check_permutation(static_cast<const int32_t*>(order.const_data_ptr()), known.rows.count, op, "order");
   const int64_t outputs = matrix.size(0);
   if (short_outputs < 0 || short_outputs > outputs || (outputs > 0) != (short_outputs > 0) || outputs == 1 || outputs >= 2 * dim)
     fail(op, ": expected short_outputs to lie in [1, ", outputs, "), the rows of matrix, or both to be 0, got ", short_outputs, ".");
   const BankRotation rotation = {static_cast<const double*>(center.const_data_ptr()), short_outputs, outputs - short_outputs,
-                                 static_cast<const int16_t*>(matrix.const_data_ptr())};
+                                 static_cast<const int16_t*>(matrix.const_data_ptr()), static_cast<const int32_t*>(order.const_data_ptr())};
   if (!is_contraction(rotation, dim))
     fail(op, ": expected matrix / 2^14 to hold two contractions (each row of |A A^T| sums to at most 1), got a larger sum.");
   const Parallel parallel = torch_threads(known.rows.count * dim * (outputs + 1));
@@ -283,7 +294,7 @@ const void* prepared_memory(const std::optional<Tensor>& prepared, const Rows& b
   return memory;
 }
 
-std::tuple<Tensor, Tensor> nearest_neighbors(const Tensor& queries, const Tensor& bank, int64_t k, std::optional<Tensor> prepared, int64_t line) {
+std::tuple<Tensor, Tensor> nearest_neighbors(const Tensor& queries, const Tensor& bank, int64_t k, std::optional<Tensor> prepared) {
   const char* op = "nearest_neighbors";
   const Feature asked = features_of(queries, op, "queries");
   const Feature known = features_of(bank, op, "bank");
@@ -297,10 +308,8 @@ std::tuple<Tensor, Tensor> nearest_neighbors(const Tensor& queries, const Tensor
   int64_t* rows = static_cast<int64_t*>(indices.mutable_data_ptr());
   Status status = Status::kOk;
   if (codes != nullptr) {
-    SearchOptions options;
-    options.line = line;
     const auto memory = workspace(filtered_neighbors_workspace_bytes(asked.rows, known.rows, codes, k, parallel));
-    status = filtered_neighbors_cpu(asked.rows, known.rows, codes, k, options, parallel, memory.get(), values, rows, nullptr);
+    status = filtered_neighbors_cpu(asked.rows, known.rows, codes, k, {}, parallel, memory.get(), values, rows, nullptr);
   } else {
     const auto memory = workspace(nearest_neighbors_workspace_bytes(asked.rows, known.rows, k, parallel));
     status = nearest_neighbors_cpu(asked.rows, known.rows, k, parallel, memory.get(), values, rows);

@@ -10,9 +10,8 @@ STABLE_TORCH_LIBRARY(patchcore_ext, library) {
   library.def(
       "greedy_coreset(Tensor features, Tensor(a!) min_distances, int count, Tensor? codes=None) -> (Tensor indices, Tensor squared_distances)");
   library.def("add_picks(Tensor features, Tensor picks, Tensor(a!) min_distances, Tensor codes) -> ()");
-  library.def("prepare_bank(Tensor bank, Tensor center, Tensor matrix, int short_outputs) -> Tensor");
-  library.def(
-      "nearest_neighbors(Tensor queries, Tensor bank, int k, Tensor? prepared=None, int line=0) -> (Tensor squared_distances, Tensor indices)");
+  library.def("prepare_bank(Tensor bank, Tensor center, Tensor matrix, int short_outputs, Tensor order) -> Tensor");
+  library.def("nearest_neighbors(Tensor queries, Tensor bank, int k, Tensor? prepared=None) -> (Tensor squared_distances, Tensor indices)");
   library.def(
       "image_scores(Tensor squared_distances, Tensor nearest_indices, Tensor queries, Tensor bank, int num_neighbors, Tensor? prepared=None) -> "
       "Tensor");

@@ -29,6 +29,7 @@ struct BankRotation {
   int64_t short_outputs;  // rows of the matrix that make the short prefix; 0: no prefix
   int64_t long_outputs;   // the rows behind them: the long prefix
   const int16_t* matrix;  // [short_outputs + long_outputs, dim]
+  const int32_t* order;   // [bank.count], a permutation of the rows: 64 at a time make a tile, best of rows that lie together
 };
 
 // Whether both prefixes are certainly contractions: by Gershgorin no singular value exceeds 1 when no row of |A A^T| sums to more than 2^28.
@@ -49,7 +50,7 @@ bool prepared_bank_fits(const Rows& bank, const void* prepared, int64_t bytes);
 
 // How to run; the result does not depend on it.
 struct SearchOptions {
-  int64_t line = 0;    // queries i and i + line lie one above the other in an image; 0: unknown
+  int64_t line = 0;    // queries i and i + line lie one above the other in an image; 0: to be guessed, -1: they do not
   int32_t prefix = 0;  // 1: always scan the prefix first, -1: never, 0: as planned, switched on evidence
 };
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <utility>
 
 #include "check.h"
@@ -61,7 +62,9 @@ float score(const Rows& patches, const Rows& bank, int64_t num_neighbors, const 
                          workspace.data(), scores.data()) == Status::kOk);
   // The same from a prepared bank.
   const std::vector<double> center(static_cast<size_t>(bank.dim));
-  const BankRotation rotation = {center.data(), 0, 0, nullptr};
+  std::vector<int32_t> order(static_cast<size_t>(bank.count));
+  std::iota(order.begin(), order.end(), 0);
+  const BankRotation rotation = {center.data(), 0, 0, nullptr, order.data()};
   std::vector<double> prepared(static_cast<size_t>(prepared_bank_bytes(bank, rotation)) / 8 + 8);
   void* codes = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(prepared.data()) + 63) / 64 * 64);
   workspace.assign(static_cast<size_t>(prepare_bank_workspace_bytes(bank, rotation, parallel)) / 8 + 1, 0);

@@ -51,6 +51,7 @@ PreparedBank lay_out(const Header& header, Pieces* pieces) {
   lay_out_tiles(header.full, header.count, header.dim, pieces, &bank.full);
   if (outputs > 0) {
     lay_out_tiles(header.prefix, header.count, header.dim, pieces, &bank.prefix);
+    bank.places = pieces->take<int32_t>(header.count);
     bank.second.view = header.second;
     bank.second.words = header.second.words(header.dim);
     bank.second.codes = pieces->take<int8_t>(header.count * 4 * bank.second.words);
@@ -111,8 +112,8 @@ struct Packer {
   const Parallel& parallel;
   PreparedBank bank;
   Header* header;
-  double* sample;    // [kSampleRows]
-  float* residuals;  // [count]
+  double* sample;        // [kSampleRows]
+  const int32_t* order;  // [count]
   char* slots;
   int64_t slot_bytes;
 
@@ -183,20 +184,6 @@ struct Packer {
     });
   }
 
-  // Orders the rows of each chunk by the residual of the codes that are scanned.
-  void sort_chunks() {
-    const View& view = bank.prefix.words > 0 ? bank.prefix.view : bank.full.view;
-    for (int64_t i = 0; i < tiles_of(rows.count) * kTileOperands; ++i) bank.order[i] = static_cast<int32_t>(i < rows.count ? i : 0);
-    encode_all([&](const Encoder& encoder, const Slot& memory, int64_t tile, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) residuals[tile * kTileOperands + i] = static_cast<float>(encoder.encode(view, i, memory.codes).residual);
-    });
-    for (Chunks chunks(tiles_of(rows.count), false); chunks.next();) {
-      int32_t* begin = bank.order + chunks.begin() * kTileOperands;
-      int32_t* end = bank.order + std::min(rows.count, chunks.end() * kTileOperands);
-      std::sort(begin, end, [&](int32_t a, int32_t b) { return residuals[a] < residuals[b] || (residuals[a] == residuals[b] && a < b); });
-    }
-  }
-
   void pack_tile(const Encoder& encoder, const Slot& memory, int64_t tile, int64_t count, TileFilter* filter) const {
     int8_t* codes = filter->tiles + tile * filter->words * 4 * kTileOperands;
     int32_t* start = filter->start + tile * kTileOperands;
@@ -220,7 +207,7 @@ struct Packer {
   void pack_rows(const Encoder& encoder, const Slot& memory, int64_t tile, int64_t count) const {
     const RowFilter& filter = bank.second;
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = bank.order[tile * kTileOperands + i];
+      const int64_t row = tile * kTileOperands + i;
       const RowCodes encoded = encoder.encode(filter.view, i, memory.codes);
       int8_t* codes = filter.codes + row * 4 * filter.words;
       int32_t sum = 0;
@@ -240,7 +227,8 @@ struct Packer {
       choose_scale(&bank.prefix.view);
       choose_scale(&bank.second.view);
     }
-    sort_chunks();
+    for (int64_t i = 0; i < tiles_of(rows.count) * kTileOperands; ++i) bank.order[i] = i < rows.count ? order[i] : order[0];
+    for (int64_t i = 0; bank.places != nullptr && i < rows.count; ++i) bank.places[order[i]] = static_cast<int32_t>(i);
     encode_all([&](const Encoder& encoder, const Slot& memory, int64_t tile, int64_t count) {
       pack_tile(encoder, memory, tile, count, &bank.full);
       if (bank.prefix.words == 0) return;
@@ -312,7 +300,6 @@ int64_t prepare_bank_workspace_bytes(const Rows& bank, const BankRotation& rotat
   Pieces slot(nullptr), all(nullptr);
   slot_at(bank, rotation.short_outputs + rotation.long_outputs, &slot);
   all.take<double>(kSampleRows);
-  all.take<float>(bank.count);
   all.take<char>(parallel.num_slots * slot.used());
   Pieces nothing(nullptr);
   search_memory(bank, bank, lay_out(header_of(bank, rotation), &nothing), 2, &all);
@@ -328,8 +315,7 @@ void prepare_bank_cpu(const Rows& bank, const BankRotation& rotation, const Para
   if (layout.projection.outputs > 0) tile_matrix(rotation, bank.dim, layout.projection.outputs, const_cast<int16_t*>(layout.projection.tiles));
   slot_at(bank, layout.projection.outputs, &slot);
   double* sample = memory.take<double>(kSampleRows);
-  float* residuals = memory.take<float>(bank.count);
-  Packer packer = {bank, parallel, layout, &header, sample, residuals, memory.take<char>(parallel.num_slots * slot.used()), slot.used()};
+  Packer packer = {bank, parallel, layout, &header, sample, rotation.order, memory.take<char>(parallel.num_slots * slot.used()), slot.used()};
   packer.pack();
   header.prefix_first = layout.prefix.words > 0 && packer.prefix_pays(&memory);
   std::memcpy(prepared, &header, sizeof(Header));
@@ -353,6 +339,7 @@ bool prepared_bank_fits(const Rows& bank, const void* prepared, int64_t bytes) {
   if (bytes != pieces.used()) return false;
   bool good = true;  // what is used as an index
   for (int64_t i = 0; i < tiles_of(bank.count) * kTileOperands; ++i) good &= inside.order[i] >= 0 && inside.order[i] < bank.count;
+  for (int64_t i = 0; inside.places != nullptr && i < bank.count; ++i) good &= inside.places[i] >= 0 && inside.places[i] < bank.count;
   return good;
 }
 

@@ -22,7 +22,7 @@ struct TileFilter {
 struct RowFilter {
   View view;
   int64_t words = 0;
-  int8_t* codes = nullptr;      // [count, 4 * words], signed, by bank row
+  int8_t* codes = nullptr;      // [count, 4 * words], signed, by place
   int32_t* offsets = nullptr;   // [count]: n_y + 2 * 128 * (sum of the codes), so that ||a_x - a_y||^2 = n_x + offset - 2 * dot
   float* residuals = nullptr;   // [count]
   double largest_residual = 0;  // of all rows
@@ -33,8 +33,9 @@ struct PreparedBank {
   int64_t dim = 0;
   bool prefix_first = false;  // the plan: scan the prefix, or scan all coordinates at once
   IntegerProjection projection;
-  int32_t* order = nullptr;  // [num_tiles * 64], the bank row of each place in the tiles; places beyond the last row repeat row 0
-  TileFilter prefix, full;   // no projection: prefix.words = 0
+  int32_t* order = nullptr;   // [num_tiles * 64], the bank row of each place in the tiles; places beyond the last row repeat the first place's
+  int32_t* places = nullptr;  // [count], the place of each bank row; only with a prefix
+  TileFilter prefix, full;    // no projection: prefix.words = 0
   RowFilter second;
 };
 

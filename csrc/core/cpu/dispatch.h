@@ -56,8 +56,8 @@ struct Level {
   // errors (in any order: filter.h, residual_bound).
   double (*round_to_steps)(const float* x, const double* center, int64_t count, double scale, double most, int16_t* steps, double* error_squares);
 
-  // values[64 m + b] for every set bit b of every word m, in order; returns their number. found: room for four more than that.
-  int64_t (*take_marked)(const uint64_t* words, int64_t count, const int32_t* values, int32_t* found);
+  // first + 64 m + b for every set bit b of every word m, in order; returns their number. found: room for four more than that.
+  int64_t (*take_marked)(const uint64_t* words, int64_t count, int32_t first, int32_t* found);
 
   // sum_j (a[j] - b[j])^2 in float32, in any order, fused or not: for difference_skip_limit (filter.h).
   float (*squared_difference)(const float* a, const float* b, int64_t dim);

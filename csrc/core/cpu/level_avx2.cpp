@@ -266,7 +266,7 @@ double round_to_steps(const float* x, const double* center, int64_t count, doubl
 }
 
 // Four at a time without asking how many are left: a mispredicted branch costs more than a store too many.
-int64_t take_marked(const uint64_t* words, int64_t count, const int32_t* values, int32_t* found) {
+int64_t take_marked(const uint64_t* words, int64_t count, int32_t first, int32_t* found) {
   int64_t taken = 0;
   for (int64_t m = 0; m < count; ++m) {
     uint64_t left = words[m];
@@ -274,7 +274,7 @@ int64_t take_marked(const uint64_t* words, int64_t count, const int32_t* values,
     const int64_t marked = __builtin_popcountll(left);
     for (int64_t i = 0; i < marked; i += 4) {
       for (int64_t l = 0; l < 4; ++l) {
-        found[taken + i + l] = values[64 * m + (_tzcnt_u64(left) & 63)];
+        found[taken + i + l] = first + static_cast<int32_t>(64 * m + static_cast<int64_t>(_tzcnt_u64(left)));
         left = _blsr_u64(left);
       }
     }

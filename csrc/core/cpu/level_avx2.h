@@ -15,7 +15,7 @@ void multiply_matrix(const double* x, const double* matrix, int64_t dim, int64_t
 void multiply_int16(const int16_t* rows, int64_t stride, int64_t count, const int16_t* tile, int64_t pairs, int32_t* products,
                     int64_t products_stride);
 double round_to_steps(const float* x, const double* center, int64_t count, double scale, double most, int16_t* steps, double* error_squares);
-int64_t take_marked(const uint64_t* words, int64_t count, const int32_t* values, int32_t* found);
+int64_t take_marked(const uint64_t* words, int64_t count, int32_t first, int32_t* found);
 float squared_difference(const float* a, const float* b, int64_t dim);
 
 }  // namespace patchcore::avx2

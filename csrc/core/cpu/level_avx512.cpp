@@ -142,22 +142,15 @@ inline __m512i row_times_operand(const uint8_t* row, const int8_t* operand, int6
   return sum;
 }
 
-// Four operands at a time, whose sums are added up together; those to come are fetched early, as they lie anywhere.
+// Four operands at a time, whose sums are added up together.
 void dots(const uint8_t* row, const int8_t* operands, int64_t stride, const int32_t* which, int64_t count, int64_t words, int32_t* out) {
-  constexpr int64_t kAhead = 24;
   const int64_t whole = (words - 1) / 16 * 64;
   const __mmask64 rest = ~uint64_t{0} >> (64 - (4 * words - whole));
   int64_t i = 0;
   for (; i + 4 <= count; i += 4) {
     __m512i sums[4];
 #pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) {
-      if (i + kAhead + q < count) {
-        const char* next = reinterpret_cast<const char*>(operands + which[i + kAhead + q] * stride);
-        for (int64_t b = 0; b < 4 * words; b += 64) _mm_prefetch(next + b, _MM_HINT_T0);
-      }
-      sums[q] = row_times_operand(row, operands + which[i + q] * stride, whole, rest);
-    }
+    for (int q = 0; q < 4; ++q) sums[q] = row_times_operand(row, operands + which[i + q] * stride, whole, rest);
     const __m512i low = _mm512_add_epi32(_mm512_unpacklo_epi32(sums[0], sums[1]), _mm512_unpackhi_epi32(sums[0], sums[1]));
     const __m512i high = _mm512_add_epi32(_mm512_unpacklo_epi32(sums[2], sums[3]), _mm512_unpackhi_epi32(sums[2], sums[3]));
     const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
@@ -294,7 +287,7 @@ double round_to_steps(const float* x, const double* center, int64_t count, doubl
 }
 
 // Four at a time without asking how many are left: a mispredicted branch costs more than a store too many.
-int64_t take_marked(const uint64_t* words, int64_t count, const int32_t* values, int32_t* found) {
+int64_t take_marked(const uint64_t* words, int64_t count, int32_t first, int32_t* found) {
   int64_t taken = 0;
   for (int64_t m = 0; m < count; ++m) {
     uint64_t left = words[m];
@@ -302,7 +295,7 @@ int64_t take_marked(const uint64_t* words, int64_t count, const int32_t* values,
     const int64_t marked = __builtin_popcountll(left);
     for (int64_t i = 0; i < marked; i += 4) {
       for (int64_t l = 0; l < 4; ++l) {
-        found[taken + i + l] = values[64 * m + (_tzcnt_u64(left) & 63)];
+        found[taken + i + l] = first + static_cast<int32_t>(64 * m + static_cast<int64_t>(_tzcnt_u64(left)));
         left = _blsr_u64(left);
       }
     }

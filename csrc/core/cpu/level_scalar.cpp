@@ -124,10 +124,10 @@ double round_to_steps(const float* x, const double* center, int64_t count, doubl
   return squared_norm;
 }
 
-int64_t take_marked(const uint64_t* words, int64_t count, const int32_t* values, int32_t* found) {
+int64_t take_marked(const uint64_t* words, int64_t count, int32_t first, int32_t* found) {
   int64_t taken = 0;
   for (int64_t m = 0; m < count; ++m) {
-    for (uint64_t left = words[m]; left != 0; left &= left - 1) found[taken++] = values[64 * m + __builtin_ctzll(left)];
+    for (uint64_t left = words[m]; left != 0; left &= left - 1) found[taken++] = first + static_cast<int32_t>(64 * m) + __builtin_ctzll(left);
   }
   return taken;
 }

@@ -33,6 +33,10 @@ class NeighborHeap {
 
   bool full() const { return end_ == limit_; }
 
+  bool contains(int64_t index) const {
+    return std::any_of(begin_, end_, [index](const Neighbor& kept) { return kept.index == index; });
+  }
+
   // The worst of those kept; there is one.
   const Neighbor& worst() const { return *begin_; }
 

@@ -12,9 +12,11 @@ namespace {
 // Looking a row up by its second codes costs as much as the scan spends on so many words of a pair: measured 6 ns against 0.02 ns.
 constexpr double kLookUpWords = 300;
 constexpr int64_t kBlocksToWait = 15;
-constexpr int64_t kFetchAhead = 3;
+constexpr int64_t kMostSeeded = 32;     // for more neighbours, seeds cost more than they save
+constexpr int64_t kSampledTiles = 256;  // where nothing better is known, seeds come from one of at most so many tiles
 
 int64_t num_tiles(const PreparedBank& bank) { return (bank.count + kTileOperands - 1) / kTileOperands; }
+static_assert(3 * kMostSeeded <= kChunkTiles * kTileOperands && kSampledTiles <= kChunkTiles * kTileOperands, "seeds must fit the memory of a chunk");
 
 }  // namespace
 
@@ -26,9 +28,9 @@ SearchMemory search_memory(const Rows& queries, const Rows& rows, const Prepared
   memory.scanned_codes = pieces->take<uint8_t>(kBlockQueries * 4 * std::max(bank.full.words, bank.prefix.words));
   memory.second_codes = pieces->take<uint8_t>(kBlockQueries * 4 * bank.second.words);
   memory.masks = pieces->take<uint64_t>(kBlockQueries * kMaskStride);
-  memory.left = pieces->take<int32_t>(std::max(kChunkTiles * kTileOperands, 3 * k) + 4);
-  memory.dots = pieces->take<int32_t>(std::max(kChunkTiles * kTileOperands, 3 * k));
-  memory.keys = pieces->take<int64_t>(std::max(kChunkTiles * kTileOperands, 3 * k));
+  memory.left = pieces->take<int32_t>(kChunkTiles * kTileOperands + 4);
+  memory.dots = pieces->take<int32_t>(kChunkTiles * kTileOperands);
+  memory.keys = pieces->take<int64_t>(kChunkTiles * kTileOperands);
   memory.neighbors = pieces->take<Neighbor>(block_queries(k) * k);
   return memory;
 }
@@ -42,7 +44,7 @@ BlockSearch::BlockSearch(const Rows& rows, const PreparedBank& bank, int64_t k, 
       encoder_(bank.projection, memory.encoder),
       slack_(canonical_slack(bank.dim)) {}
 
-double BlockSearch::bound(int64_t q) const { return heaps_[q].full() ? std::min(limit_[q], heaps_[q].worst().squared_distance) : limit_[q]; }
+double BlockSearch::bound(int64_t q) const { return heaps_[q].full() ? heaps_[q].worst().squared_distance : INFINITY; }
 
 double BlockSearch::canonical(int64_t q, int64_t row) {
   const FloatRows features = float_rows(rows_, row, 1, memory_.widened_row);
@@ -52,15 +54,10 @@ double BlockSearch::canonical(int64_t q, int64_t row) {
   return squared_distance;
 }
 
-// Asks for a bank row ahead of its use; rows lie anywhere.
-void BlockSearch::fetch(int64_t row) const {
-  const int64_t size = rows_.type == ScalarType::kFloat32 ? 4 : 2;
-  const char* begin = static_cast<const char*>(rows_.data) + row * rows_.stride * size;
-  for (int64_t b = 0; b < rows_.dim * size; b += 64) __builtin_prefetch(begin + b);
-}
-
-// Offers a row to the heap of a query, unless float32 tells that it is too far.
-void BlockSearch::evaluate(int64_t q, int64_t row) {
+// Offers the row at a place to the heap of a query, unless float32 tells that it is too far.
+void BlockSearch::evaluate(int64_t q, int64_t place) {
+  const int64_t row = bank_.order[place];
+  if (seeded_ && heaps_[q].contains(row)) return;
   if (bound(q) < INFINITY) {
     const FloatRows features = float_rows(rows_, row, 1, memory_.widened_row);
     ++statistics_.differences;
@@ -70,28 +67,47 @@ void BlockSearch::evaluate(int64_t q, int64_t row) {
   heaps_[q].offer({canonical(q, row), row});
 }
 
-// A first bound: k rows that were near the patch above or its neighbours, the nearest of them by the second codes where there are any.
-void BlockSearch::start_from(int64_t q, const int64_t* above, int64_t count) {
-  limit_[q] = INFINITY;
-  if (above == nullptr) return;
+// Keys of memory_.left[0 .. count) for query q into memory_.keys: the squared distance of the second codes above the place.
+void BlockSearch::look_up(int64_t q, int64_t count) {
   const RowFilter& second = bank_.second;
-  const int64_t neighbors[3] = {q, q > 0 ? q - 1 : q, q + 1 < count ? q + 1 : q};
-  const int64_t candidates = prefix_ ? 3 * k_ : k_;
-  for (int64_t i = 0; i < candidates; ++i) memory_.left[i] = static_cast<int32_t>(above[neighbors[i / k_] * k_ + i % k_]);
-  for (int64_t i = 0; i < candidates; ++i) memory_.keys[i] = memory_.left[i];
-  int64_t distinct = candidates;
-  if (prefix_) {
-    level().dots(memory_.second_codes + q * 4 * second.words, second.codes, 4 * second.words, memory_.left, candidates, second.words, memory_.dots);
-    for (int64_t i = 0; i < candidates; ++i) {
-      const int32_t row = memory_.left[i], apart = second_[q].squared_norm + second.offsets[row] - 2 * memory_.dots[i];
-      memory_.keys[i] = static_cast<int64_t>(apart) << 32 | row;
-    }
-    std::sort(memory_.keys, memory_.keys + candidates);
-    distinct = std::unique(memory_.keys, memory_.keys + candidates) - memory_.keys;
+  level().dots(memory_.second_codes + q * 4 * second.words, second.codes, 4 * second.words, memory_.left, count, second.words, memory_.dots);
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t place = memory_.left[i], apart = second_[q].squared_norm + second.offsets[place] - 2 * memory_.dots[i];
+    memory_.keys[i] = static_cast<int64_t>(apart) << 32 | place;
   }
-  double largest = 0;
-  for (int64_t i = 0; i < std::min(k_, distinct); ++i) largest = std::max(largest, canonical(q, static_cast<int32_t>(memory_.keys[i])));
-  limit_[q] = largest;
+}
+
+// The places to start from for query q into memory_.left: those near the patch above and its neighbours, or a sample of the bank and then the tile
+// in which the best of it lies. Returns their number.
+int64_t BlockSearch::gather_seeds(int64_t q, const int64_t* above, int64_t count) {
+  int64_t seeds = 0;
+  if (above != nullptr) {
+    const int64_t neighbors[3] = {q, q > 0 ? q - 1 : q, q + 1 < count ? q + 1 : q};
+    for (const int64_t neighbor : neighbors) {
+      for (int64_t i = 0; i < k_; ++i) memory_.left[seeds++] = bank_.places[above[neighbor * k_ + i]];
+    }
+    return seeds;
+  }
+  const int64_t step = (num_tiles(bank_) + kSampledTiles - 1) / kSampledTiles * kTileOperands;
+  for (int64_t place = 0; place < bank_.count; place += step) memory_.left[seeds++] = static_cast<int32_t>(place);
+  look_up(q, seeds);
+  const int64_t best = *std::min_element(memory_.keys, memory_.keys + seeds) & INT32_MAX;
+  const int64_t begin = best / kTileOperands * kTileOperands, end = std::min(bank_.count, begin + kTileOperands);
+  seeds = 0;
+  for (int64_t place = begin; place < end; ++place) memory_.left[seeds++] = static_cast<int32_t>(place);
+  return seeds;
+}
+
+// Fills the heap of query q with the nearest seeds by the second codes, so that the scan begins with a bound.
+void BlockSearch::start_from_seeds(int64_t q, const int64_t* above, int64_t count) {
+  int64_t seeds = gather_seeds(q, above, count);
+  look_up(q, seeds);
+  if (seeds > k_) std::sort(memory_.keys, memory_.keys + seeds);
+  seeds = std::unique(memory_.keys, memory_.keys + seeds) - memory_.keys;
+  for (int64_t i = 0; i < std::min(seeds, k_); ++i) {
+    const int64_t row = bank_.order[memory_.keys[i] & INT32_MAX];
+    heaps_[q].offer({canonical(q, row), row});
+  }
 }
 
 void BlockSearch::encode_scanned(int64_t count) {
@@ -133,30 +149,26 @@ void BlockSearch::rescue(int64_t q, int64_t count) {
 // The longer prefix discards most; the k nearest by it are evaluated first, so that the others face a tight bound.
 void BlockSearch::rescue_by_second(int64_t q, int64_t count) {
   const RowFilter& filter = bank_.second;
-  level().dots(memory_.second_codes + q * 4 * filter.words, filter.codes, 4 * filter.words, memory_.left, count, filter.words, memory_.dots);
-  const auto limit_for = [&](double residual) {
+  const auto skip_limit = [&] {
     const double reach = search_reach(bound(q), 0, second_[q].residual, filter.view.codes_per_unit, slack_);
-    return int8_skip_limit(reach, residual);
+    return int8_skip_limit(reach, filter.largest_residual) * (int64_t{1} << 32);  // in terms of keys
   };
-  const int32_t norm = second_[q].squared_norm, limit = limit_for(filter.largest_residual);
+  look_up(q, count);
+  int64_t limit = skip_limit();
   int64_t left = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const int32_t row = memory_.left[i];
-    const int32_t apart = norm + filter.offsets[row] - 2 * memory_.dots[i];
-    memory_.keys[left] = static_cast<int64_t>(apart) << 32 | row;
-    left += apart < limit;
+    const int64_t key = memory_.keys[i];
+    memory_.keys[left] = key;
+    left += key < limit;
   }
   if (left > k_) std::nth_element(memory_.keys, memory_.keys + k_, memory_.keys + left);
   double known = bound(q);
-  int32_t tightened = limit;
-  for (int64_t i = 0; i < std::min(left, kFetchAhead); ++i) fetch(static_cast<int32_t>(memory_.keys[i]));
   for (int64_t i = 0; i < left; ++i) {
-    if (i + kFetchAhead < left && memory_.keys[i + kFetchAhead] >> 32 < tightened) fetch(static_cast<int32_t>(memory_.keys[i + kFetchAhead]));
-    if (memory_.keys[i] >> 32 >= tightened) continue;
-    evaluate(q, static_cast<int32_t>(memory_.keys[i]));
+    if (memory_.keys[i] >= limit) continue;
+    evaluate(q, memory_.keys[i] & INT32_MAX);
     if (bound(q) < known) {
       known = bound(q);
-      tightened = limit_for(filter.largest_residual);
+      limit = skip_limit();
     }
   }
 }
@@ -170,18 +182,19 @@ bool BlockSearch::search(const FloatRows& queries, int64_t count, const int64_t*
   if (!encoder_.take(queries, count)) return false;
   prefix_ = bank_.prefix.words > 0 && (options_.prefix > 0 || (options_.prefix == 0 && bank_.prefix_first && blocks_to_wait_ == 0));
   if (blocks_to_wait_ > 0) --blocks_to_wait_;
+  seeded_ = prefix_ && k_ <= kMostSeeded;
   encode_scanned(count);
   for (int64_t q = 0; q < count; ++q) {
     heaps_[q] = NeighborHeap(memory_.neighbors + q * k_, k_);
     if (prefix_) second_[q] = encoder_.encode(bank_.second.view, q, memory_.second_codes + q * 4 * bank_.second.words);
-    start_from(q, above, count);
+    if (seeded_) start_from_seeds(q, above, count);
   }
-  for (Chunks chunks(num_tiles(bank_), above != nullptr); chunks.next();) {
+  for (Chunks chunks(num_tiles(bank_), seeded_); chunks.next();) {
     scan(chunks, count);
     int64_t survivors = 0;
     for (int64_t q = 0; q < count; ++q) {
       const int64_t left = level().take_marked(memory_.masks + q * kMaskStride, chunks.end() - chunks.begin(),
-                                               bank_.order + chunks.begin() * kTileOperands, memory_.left);
+                                               static_cast<int32_t>(chunks.begin() * kTileOperands), memory_.left);
       rescue(q, left);
       survivors += left;
     }

@@ -44,13 +44,14 @@ class BlockSearch {
   bool prefix_pays(int64_t survivors, int64_t pairs) const;
 
  private:
-  void start_from(int64_t q, const int64_t* above, int64_t count);
-  void fetch(int64_t row) const;
+  int64_t gather_seeds(int64_t q, const int64_t* above, int64_t count);
+  void start_from_seeds(int64_t q, const int64_t* above, int64_t count);
+  void look_up(int64_t q, int64_t count);
   void encode_scanned(int64_t count);
   void scan(const Chunks& chunks, int64_t count);
   void rescue(int64_t q, int64_t count);
   void rescue_by_second(int64_t q, int64_t count);
-  void evaluate(int64_t q, int64_t row);
+  void evaluate(int64_t q, int64_t place);
   double canonical(int64_t q, int64_t row);
   double bound(int64_t q) const;
 
@@ -63,11 +64,11 @@ class BlockSearch {
   const double slack_;
   SearchStatistics statistics_;
   bool prefix_ = false;         // scanning the prefix, or all coordinates
+  bool seeded_ = false;         // heaps hold rows that the scan meets again
   int64_t blocks_to_wait_ = 0;  // before the prefix is tried again
   FloatRows queries_ = {nullptr, 0};
 
   // Of the queries of the block:
-  double limit_[kBlockQueries];              // a squared distance that k rows are known not to exceed
   alignas(64) double reach_[kBlockQueries];  // filter.h, of the scanned view
   alignas(64) int32_t norms_[kBlockQueries];
   double residuals_[kBlockQueries];
