@@ -13,7 +13,6 @@ from small_model import SIDE, SmallNet, images_of, make_model, same_predictions,
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from patchcore_ext import patchcore
 from patchcore_ext.patchcore import PatchCore
 from patchcore_ext.scoring import PatchScorer
 from patchcore_ext.threshold import held_out_images
@@ -311,7 +310,7 @@ def test_interrupted_fit_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPa
     elif stage == "coreset":
         monkeypatch.setattr("patchcore_ext.ops.greedy_coreset", interrupt)
     else:
-        monkeypatch.setattr(patchcore, "conformal_threshold", interrupt)
+        monkeypatch.setattr("patchcore_ext._calibration.conformal_threshold", interrupt)
     with pytest.raises(KeyboardInterrupt):
         model.fit(images_of(25, seed=8), progress=False)
     assert model.bank is bank
