@@ -22,6 +22,7 @@ from small_model import images_of, make_model, write_images
 
 import patchcore_ext
 from patchcore_ext import cli
+from patchcore_ext._cli_options import model_settings
 from patchcore_ext.cli import main
 from patchcore_ext.memory_bank import MemoryBank
 from patchcore_ext.patchcore import PatchCore
@@ -81,8 +82,8 @@ def test_fit_twice_gives_the_same_bytes_and_quiet_says_nothing(place: Path, tmp_
 
 def test_default_resize_stretches_to_256(place: Path) -> None:
     arguments = cli._parser().parse_args(["fit", "data", "-o", "model"])
-    assert cli._size(arguments.resize, "--resize", cli._parser()) == (256, 256)
-    assert cli._size(arguments.crop, "--crop", cli._parser()) is None
+    assert model_settings(arguments, cli._parser())["resize"] == (256, 256)
+    assert model_settings(arguments, cli._parser())["crop"] is None
 
 
 # predict

@@ -22,7 +22,7 @@ FLOORS = (
     {"_calibration"},
     {"patchcore"},
     {"report"},
-    {"_results"},
+    {"_results", "_evaluation_results"},
     {"evaluation"},
     {"_cli_options"},
     {"_cli_evaluate", "_cli_inspect"},
