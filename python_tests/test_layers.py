@@ -15,9 +15,9 @@ PACKAGE = ROOT / "patchcore_ext"
 FLOORS = (
     {"_version"},
     {"_library"},
-    {"_checks", "_random", "_fake", "reference", "images", "_backbone"},
-    {"_rotation", "memory_bank", "data", "layout", "features", "metrics"},
-    {"ops", "threshold"},
+    {"_checks", "_random", "_fake", "reference", "images", "_backbone", "_spool"},
+    {"_rotation", "memory_bank", "data", "layout", "features", "_pixel_metrics"},
+    {"ops", "threshold", "metrics"},
     {"coreset", "scoring", "_model_file", "_extraction", "_batch_size"},
     {"_calibration"},
     {"patchcore"},
