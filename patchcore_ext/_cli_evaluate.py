@@ -9,7 +9,6 @@ from typing import Any
 from ._cli_options import add_model_flags, model_settings, progress_of
 from ._results import MAP_FORMATS
 from .evaluation import evaluate
-from .layout import read_dataset
 
 
 def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -36,10 +35,8 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
 def _evaluate(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if arguments.save_maps and arguments.output is None:
         parser.error("--save-maps needs -o DIR")
-    settings = model_settings(arguments, parser)
-    read_dataset(arguments.data)  # a wrong folder is told before weights are fetched
     result = evaluate(
-        settings,
+        model_settings(arguments, parser),
         arguments.data,
         output=arguments.output,
         save_maps=arguments.save_maps,

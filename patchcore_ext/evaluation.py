@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -73,39 +74,50 @@ def evaluate(
         >>> print(evaluate(model, "mvtec", output="results").table())  # doctest: +SKIP
     """
     classes = read_dataset(root)
-    model = model if isinstance(model, PatchCore) else PatchCore(**model)
-    _check(model, classes, root, output, save_maps)
+    _check_classes(classes, isinstance(model, PatchCore) and model.is_fitted)
+    _check_output(classes, output, save_maps)
     PixelMetrics(limit)  # refuses a limit out of range now, not after the fit
-    settings = _settings(model, limit, check_false_alarm_rate(false_alarm_rate))
+    options = _Options(save_maps, limit, check_false_alarm_rate(false_alarm_rate), progress)
+    model = model if isinstance(model, PatchCore) else PatchCore(**model)
+    if output is not None:
+        Path(output).mkdir(parents=True, exist_ok=True)
+        check_output_path(Path(output) / "results.json")
+    settings = _settings(model, options)
     results: dict[str, ClassResult] = {}
     for number, item in enumerate(classes, start=1):
         _log.info("Class %s (%d of %d): %d images to fit on, %d to test.", printable(item.name), number, len(classes), len(item.train), len(item.test))
         for problem in item.problems:
             _log.warning("%s: %s", printable(item.name), printable(problem))
+        this = copy.copy(model) if len(classes) > 1 else model
         folder = None if output is None else Path(output) / item.name
-        digest = _digest(settings, save_maps, item)
-        found = None if folder is None else _finished(folder, digest)
-        if found is None:
-            this = copy.copy(model) if len(classes) > 1 else model
-            found = _evaluate_class(this, item, folder, save_maps, limit, false_alarm_rate, progress)
-            if folder is not None:
-                write_json(folder / _RESULT, {"digest": digest, "result": found.to_dict()})
-        results[item.name] = found
+        results[item.name] = _evaluate_or_take_over(this, item, folder, options, settings)
     result = EvaluationResult(results, settings)
     if output is not None:
         result.save(output)
     return result
 
 
-def _check(model: PatchCore, classes: Sequence[DatasetClass], root: Any, output: str | os.PathLike[str] | None, save_maps: str | None) -> None:
-    """Refuses at once what would fail later, and makes the output folder."""
+@dataclass(frozen=True)
+class _Options:
+    """Arguments of evaluate that each class needs."""
+
+    save_maps: str | None
+    limit: float
+    false_alarm_rate: float
+    progress: bool | None
+
+
+def _check_classes(classes: Sequence[DatasetClass], is_fitted: bool) -> None:
     for item in classes:
         if not item.test:
-            raise ValueError(f"evaluate: expected images in test/<defect> and test/good of class {item.name!r}, got none in {os.fspath(root)!r}.")
-        if not item.train and not model.is_fitted:
+            raise ValueError(f"evaluate: expected images in test/<defect> and test/good of class {item.name!r}, got none.")
+        if not item.train and not is_fitted:
             raise ValueError(f"evaluate: expected images in train/good of class {item.name!r}, got none; or pass a model that is fitted.")
-    if model.is_fitted and len(classes) > 1:
+    if is_fitted and len(classes) > 1:
         raise ValueError(f"evaluate: expected a dataset of one class for a model that is fitted, got {len(classes)} classes; pass one of their folders.")
+
+
+def _check_output(classes: Sequence[DatasetClass], output: str | os.PathLike[str] | None, save_maps: str | None) -> None:
     if save_maps is not None and (save_maps not in MAP_FORMATS or output is None):
         raise ValueError(f"evaluate: expected save_maps to be one of {MAP_FORMATS} with an output folder, got {save_maps!r} and output {output!r}.")
     if output is None:
@@ -116,11 +128,9 @@ def _check(model: PatchCore, classes: Sequence[DatasetClass], root: Any, output:
         raise ValueError(f"evaluate: expected the output folder to hold no image of the dataset, got {os.fspath(output)!r} with {inside!r} in it.")
     if os.path.exists(output) and not os.path.isdir(output):
         raise NotADirectoryError(f"Cannot write results into {os.fspath(output)!r}: that is a file; give the name of a folder.")
-    Path(output).mkdir(parents=True, exist_ok=True)
-    check_output_path(Path(output) / "results.json")
 
 
-def _settings(model: PatchCore, limit: float, false_alarm_rate: float) -> dict[str, Any]:
+def _settings(model: PatchCore, options: _Options) -> dict[str, Any]:
     """All that decides the results beside the files; plain JSON values."""
     settings = {
         "backbone": model.extractor.backbone_name,
@@ -128,8 +138,8 @@ def _settings(model: PatchCore, limit: float, false_alarm_rate: float) -> dict[s
         "backbone_digest": model.extractor.digest(),
         **model.settings,
         "device": model.device.type,
-        "false_alarm_rate": model.fit_report.get("false_alarm_rate") if model.is_fitted else false_alarm_rate,
-        "limit": limit,
+        "false_alarm_rate": model.fit_report.get("false_alarm_rate") if model.is_fitted else options.false_alarm_rate,
+        "limit": options.limit,
         "version": __version__,
         "torch": torch.__version__,
         "bank_digest": _bank_digest(model) if model.is_fitted else None,
@@ -150,6 +160,17 @@ def _digest(settings: Mapping[str, Any], save_maps: str | None, item: DatasetCla
     return f"sha256:{hashlib.sha256(text.encode('ascii')).hexdigest()}"
 
 
+def _evaluate_or_take_over(model: PatchCore, item: DatasetClass, folder: Path | None, options: _Options, settings: Mapping[str, Any]) -> ClassResult:
+    if folder is None:
+        return _evaluate_class(model, item, None, options)
+    digest = _digest(settings, options.save_maps, item)
+    result = _finished(folder, digest)
+    if result is None:
+        result = _evaluate_class(model, item, folder, options)
+        write_json(folder / _RESULT, {"digest": digest, "result": result.to_dict()})
+    return result
+
+
 def _finished(folder: Path, digest: str) -> ClassResult | None:
     """The result of an earlier run with the same digest."""
     try:
@@ -167,17 +188,15 @@ def _finished(folder: Path, digest: str) -> ClassResult | None:
     return result
 
 
-def _evaluate_class(
-    model: PatchCore, item: DatasetClass, folder: Path | None, save_maps: str | None, limit: float, false_alarm_rate: float, progress: bool | None
-) -> ClassResult:
+def _evaluate_class(model: PatchCore, item: DatasetClass, folder: Path | None, options: _Options) -> ClassResult:
     clock = _Clock()
     if not model.is_fitted:
-        model.fit(item.train, false_alarm_rate=false_alarm_rate, progress=progress)
+        model.fit(item.train, false_alarm_rate=options.false_alarm_rate, progress=options.progress)
         clock.seconds.update(model.timings)
     paths = [image.path for image in item.test]
-    files = None if folder is None else ResultFolder(folder, paths, threshold=model.threshold, color_scale=model.threshold, save_maps=save_maps)
+    files = None if folder is None else ResultFolder(folder, paths, threshold=model.threshold, color_scale=model.threshold, save_maps=options.save_maps)
     problems = list(item.problems)
-    pixels = _Pixels(limit, problems) if any(image.mask for image in item.test) else None
+    pixels = _Pixels(options.limit, problems) if any(image.mask for image in item.test) else None
     images = {image.path: image for image in item.test}
     scores: dict[str, ImageScore] = {}
 
@@ -185,7 +204,7 @@ def _evaluate_class(
         _log.warning("Left out: %s", printable(str(error)))
         problems.append(str(error))
 
-    for prediction in clock.timed("predict", model.predict(paths, progress=progress, on_unreadable=leave_out)):
+    for prediction in clock.timed("predict", model.predict(paths, progress=options.progress, on_unreadable=leave_out)):
         image = images[prediction.path]
         scores[image.path] = ImageScore(image.path, image.defect, image.is_defective, prediction.score, prediction.is_anomalous)
         if pixels is not None:
