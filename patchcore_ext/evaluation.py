@@ -19,6 +19,7 @@ import torch
 from ._evaluation_results import ClassResult, EvaluationResult, ImageScore, printable, write_json
 from ._results import MAP_FORMATS, ResultFolder
 from ._version import __version__
+from .images import ImageTransform
 from .layout import DatasetClass, LabelledImage, load_mask, read_dataset
 from .memory_bank import check_output_path
 from .metrics import PixelMetrics, errors_at_full_recall, f1_optimal_threshold, image_auroc
@@ -67,7 +68,8 @@ def evaluate(
     Note:
         A test image or mask that cannot be read ends nothing: it is named in the log and in ``problems``, and left out of the metrics.
         Images with defects but without a mask are left out of the metrics of pixels. One anomaly map is held at a time. What a crop
-        cuts off counts as well, with a distance of 0.
+        cuts off counts as well, with a distance of 0, so a defect outside the crop is a miss; ``problems`` tells how much that is. Published
+        pixel metrics with a crop are often those of the crop alone, and higher.
 
     Example:
         >>> model = PatchCore(backbone="resnet18", coreset_ratio=0.01)  # doctest: +SKIP
@@ -196,7 +198,7 @@ def _evaluate_class(model: PatchCore, item: DatasetClass, folder: Path | None, o
     paths = [image.path for image in item.test]
     files = None if folder is None else ResultFolder(folder, paths, threshold=model.threshold, color_scale=model.threshold, save_maps=options.save_maps)
     problems = list(item.problems)
-    pixels = _Pixels(options.limit, problems) if any(image.mask for image in item.test) else None
+    pixels = _Pixels(options.limit, model.transform, problems) if any(image.mask for image in item.test) else None
     images = {image.path: image for image in item.test}
     scores: dict[str, ImageScore] = {}
 
@@ -258,10 +260,11 @@ class _Pixels:
 
     undefined: Mapping[str, None] = {"pixel_auroc": None, "aupro": None}
 
-    def __init__(self, limit: float, problems: list[str]) -> None:
+    def __init__(self, limit: float, transform: ImageTransform, problems: list[str]) -> None:
         self._metrics = PixelMetrics(limit)
+        self._transform = transform
         self._problems = problems
-        self._is_empty = True
+        self._unseen: list[float] = []
 
     def add(self, image: LabelledImage, prediction: Prediction) -> None:
         if image.is_defective and image.mask is None:
@@ -274,11 +277,15 @@ class _Pixels:
             self._problems.append(str(error))
             return
         self._metrics.update(mask, prediction.anomaly_map)
-        self._is_empty = False
+        resized, _, _, size = self._transform.window(height, width)
+        self._unseen.append(1 - size[0] * size[1] / (resized[0] * resized[1]))
 
     def compute(self) -> Mapping[str, float | None]:
-        if self._is_empty:
+        if not self._unseen:
             return self.undefined
+        if any(self._unseen):
+            share = sum(self._unseen) / len(self._unseen)
+            self._problems.append(f"The crop cuts off {share:.0%} of the test images' area; metrics of pixels count it with a distance of 0.")
         result = self._metrics.compute()
         return {"pixel_auroc": result.pixel_auroc, "aupro": result.aupro}
 

