@@ -72,6 +72,19 @@ def test_threshold_is_the_largest_score_of_few_held_out_images(fitted: PatchCore
     assert looser.threshold == pytest.approx(sorted(scores)[4], rel=1e-5)
 
 
+def test_share_of_false_alarms_on_fresh_good_images_is_the_expected_one() -> None:
+    trials, fresh, rate = 12, 50, 0.25
+    alarms = 0
+    for trial in range(trials):
+        model = make_model().fit(images_of(60, seed=2 * trial), false_alarm_rate=rate, progress=False)
+        alarms += sum(prediction.is_anomalous for prediction in model.predict(images_of(fresh, seed=2 * trial + 1), progress=False))
+    # The second largest of 8 held-out scores: a fresh one lies above it with a chance that is Beta(2, 7) over the choices of the 8.
+    expected = model.fit_report["expected_false_alarm_rate"]
+    assert expected == pytest.approx(2 / 9)
+    error = math.sqrt(expected * (1 - expected) / (trials * fresh) + expected * (1 - expected) / 10 / trials)
+    assert abs(alarms / (trials * fresh) - expected) < 3 * error
+
+
 def test_scores_are_those_of_the_parts(fitted: PatchCore) -> None:
     image = images_of(1, seed=4)
     with torch.inference_mode():
