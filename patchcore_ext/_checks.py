@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ERROR_MARK = "patchcore_ext: "  # csrc/bindings/torch_compat.h
 
 ArrayLike = Tensor | npt.NDArray[Any]
+Numbers = ArrayLike | Sequence[float]
 
 
 def describe(value: object) -> str:
@@ -107,6 +108,27 @@ def choice(op: str, argument: str, value: object, choices: tuple[str, ...]) -> s
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{op}: expected {argument} to be one of {', '.join(map(repr, choices))}, got {value!r}.")
     return value
+
+
+def numbers(op: str, argument: str, value: Numbers) -> npt.NDArray[Any]:
+    """``value`` as an array of booleans, integers or floats on the CPU, of any shape; TypeError when it holds anything else."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    try:
+        array = np.asarray(value)
+    except ValueError:  # rows of different lengths
+        array = np.empty(0, object)
+    if array.dtype.kind not in "buif":
+        raise TypeError(f"{op}: expected {argument} to be numbers, got {describe(value)}.")
+    return array
+
+
+def finite(op: str, argument: str, values: npt.NDArray[Any]) -> None:
+    """ValueError when there is NaN or infinity among the values."""
+    wrong = values.size - int(np.count_nonzero(np.isfinite(values)))
+    if wrong > 0:
+        raise ValueError(f"{op}: expected {argument} to be finite, got NaN or infinity in {wrong} of {values.size} values.")
 
 
 @contextlib.contextmanager

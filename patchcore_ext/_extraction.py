@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .data import Batch, Source, load_batches
+from .data import Batch, OnUnreadable, Source, load_batches
 from .features import FeatureExtractor
 from .images import ImageTransform, list_images
 from .threshold import held_out_images
@@ -115,6 +115,7 @@ def extract_batches(
     num_workers: int,
     description: str,
     progress: bool | None,
+    on_unreadable: OnUnreadable | None = None,
 ) -> Iterator[PatchBatch]:
     """Batches of patch features, with a progress bar that counts images.
 
@@ -127,6 +128,7 @@ def extract_batches(
         num_workers: processes that load images.
         description: the name of the bar.
         progress: show the bar; None: if stderr is a terminal.
+        on_unreadable: see load_batches.
 
     Returns:
         An iterator of PatchBatch, in the order of the source.
@@ -134,7 +136,7 @@ def extract_batches(
     Raises:
         ValueError: at once, a bad source; while iterating, an image that cannot be read or whose features are not finite; it is named.
     """
-    batches = load_batches(source, transform, batch_size, num_workers)  # not in the generator: a bad source is told at once
+    batches = load_batches(source, transform, batch_size, num_workers, on_unreadable=on_unreadable)  # not in the generator: a bad source is told at once
 
     def extracted() -> Iterator[PatchBatch]:
         # disable=None: tqdm shows the bar only on a terminal.

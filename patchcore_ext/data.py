@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -16,6 +17,7 @@ from .images import ImageTransform, list_images, load_image
 __all__ = [
     "Batch",
     "ImageDataset",
+    "OnUnreadable",
     "Sample",
     "Source",
     "load_batches",
@@ -23,6 +25,9 @@ __all__ = [
 
 Source: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Dataset[Any] | DataLoader[Any] | Tensor"
 """What `load_batches` reads images from."""
+
+OnUnreadable: TypeAlias = "Callable[[str, ValueError], None]"
+"""Is told the path of a file that cannot be read, and why; the file is left out."""
 
 
 class Sample(NamedTuple):
@@ -88,14 +93,21 @@ class ImageDataset(Dataset[Sample]):
         return Sample(transformed, index, path, (image.height, image.width))
 
 
+class _Unreadable(NamedTuple):
+    """A file that gave no sample."""
+
+    path: str
+    error: ValueError
+
+
 class _GuardedImages(ImageDataset):
     """Hands errors over as values: a DataLoader would bury the sentence in a worker's traceback."""
 
-    def __getitem__(self, index: int) -> Sample | ValueError:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Sample | _Unreadable:  # type: ignore[override]
         try:
             return super().__getitem__(index)
         except ValueError as error:
-            return error
+            return _Unreadable(self.paths[index], error)
 
 
 class _TransformedItems(Dataset[Sample]):
@@ -112,7 +124,9 @@ class _TransformedItems(Dataset[Sample]):
         return _sample_from(self.dataset[index], index, self.transform)
 
 
-def load_batches(source: Source, transform: ImageTransform, batch_size: int = 16, num_workers: int = 0) -> Iterator[Batch]:
+def load_batches(
+    source: Source, transform: ImageTransform, batch_size: int = 16, num_workers: int = 0, *, on_unreadable: OnUnreadable | None = None
+) -> Iterator[Batch]:
     """Return an iterator over transformed batches; the order is that of the source.
 
     Args:
@@ -122,6 +136,8 @@ def load_batches(source: Source, transform: ImageTransform, batch_size: int = 16
         transform: Applied to each image. Of an ImageDataset only the paths are used.
         batch_size: Most images in a batch. Images of different transformed sizes never share one.
         num_workers: Processes that read and transform the images of files and Datasets; 0 for this one.
+        on_unreadable: Called, in the order of the source, for each file that cannot be read or that the crop does not fit, which is then
+            left out; None: such a file ends the iteration with its error. Items of Datasets, loaders and tensors always do that.
 
     Raises:
         ValueError: At once, a bad source or option; while iterating, an image that cannot be read (the message names the file).
@@ -145,27 +161,33 @@ def load_batches(source: Source, transform: ImageTransform, batch_size: int = 16
     if isinstance(source, ImageDataset):
         source = source.paths
     if isinstance(source, Dataset) or _holds_images(source):
-        return _batches_from_dataset(_TransformedItems(source, transform), batch_size, num_workers)
-    return _batches_from_dataset(_GuardedImages(source, transform), batch_size, num_workers)
+        return _batches_from_dataset(_TransformedItems(source, transform), batch_size, num_workers, None)
+    return _batches_from_dataset(_GuardedImages(source, transform), batch_size, num_workers, on_unreadable)
 
 
-def _batches_from_dataset(dataset: Dataset[Any], batch_size: int, num_workers: int) -> Iterator[Batch]:
+def _batches_from_dataset(dataset: Dataset[Any], batch_size: int, num_workers: int, on_unreadable: OnUnreadable | None) -> Iterator[Batch]:
     # A generator of its own: the loader would draw its seed from the global random state.
     loader: DataLoader[Any] = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=_collate, generator=torch.Generator(device="cpu"))
     with torch.device("cpu"):
         batches = iter(loader)
     for group in batches:
         for batch in group:
-            if isinstance(batch, ValueError):
-                raise batch
-            yield batch
+            if isinstance(batch, Batch):
+                yield batch
+            elif on_unreadable is None:
+                raise batch.error
+            else:
+                on_unreadable(batch.path, batch.error)
 
 
-def _collate(samples: list[Sample | ValueError]) -> list[Batch | ValueError]:
-    """Return the samples as batches of one size each, cut at the first error. Runs in the worker: few, large tensors travel."""
-    failed = next((index for index, sample in enumerate(samples) if isinstance(sample, ValueError)), len(samples))
-    good = (sample for sample in samples[:failed] if isinstance(sample, Sample))
-    return [*_group(good, len(samples)), *(sample for sample in samples[failed : failed + 1] if isinstance(sample, ValueError))]
+def _collate(samples: list[Sample | _Unreadable]) -> list[Batch | _Unreadable]:
+    """Return the samples as batches of one size each, in order. Runs in the worker: few, large tensors travel."""
+    parts: list[Batch | _Unreadable] = []
+    for _, group in groupby(samples, type):
+        run = list(group)
+        parts += [sample for sample in run if isinstance(sample, _Unreadable)]
+        parts += _group((sample for sample in run if isinstance(sample, Sample)), len(samples))
+    return parts
 
 
 def _group(samples: Iterable[Sample], batch_size: int) -> Iterator[Batch]:

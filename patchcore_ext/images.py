@@ -18,8 +18,10 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "ImageTransform",
     "Window",
+    "find_images",
     "list_images",
     "load_image",
+    "natural_key",
 ]
 
 IMAGE_SUFFIXES = (".bmp", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -62,7 +64,10 @@ def list_images(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
     if isinstance(source, (str, os.PathLike)):
         path = os.fspath(source)
         if os.path.isdir(path):
-            return _images_in_folder(path)
+            found = find_images(path)
+            if not found:
+                raise ValueError(f"list_images: expected source to hold images ({' '.join(IMAGE_SUFFIXES)}), got {path!r} with none in it.")
+            return found
         if not os.path.exists(path):
             raise ValueError(f"list_images: expected source to be a folder or an image, got {path!r}, which does not exist.")
         return [path]
@@ -79,7 +84,13 @@ def list_images(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
     return paths
 
 
-def _images_in_folder(folder: str) -> list[str]:
+def find_images(folder: str) -> list[str]:
+    """Return the paths of the images in a folder, as `list_images` does, but an empty list where there are none.
+
+    Raises:
+        ValueError: The folder, or one below it, cannot be read.
+    """
+
     def fail(error: OSError) -> None:
         raise ValueError(f"list_images: expected source to be a folder that can be read, got {error}.") from error
 
@@ -94,13 +105,12 @@ def _images_in_folder(folder: str) -> list[str]:
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         found += [os.path.join(directory, name) for name in names if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)]
-    if not found:
-        raise ValueError(f"list_images: expected source to hold images ({' '.join(IMAGE_SUFFIXES)}), got {folder!r} with none in it.")
-    return sorted(found, key=_natural_key)
+    return sorted(found, key=natural_key)
 
 
-def _natural_key(path: str) -> list[tuple[list[str | int], str]]:
-    # Folder by folder; split puts text at even places and digits at odd ones, so like is compared with like.
+def natural_key(path: str) -> list[tuple[list[str | int], str]]:
+    """Return what to sort paths by: folder by folder, numbers by their value ("2.png" before "10.png")."""
+    # split puts text at even places and digits at odd ones, so like is compared with like.
     parts = path.split(os.sep)
     return [([int(text) if i % 2 else text.casefold() for i, text in enumerate(re.split("([0-9]+)", part))], part) for part in parts]
 

@@ -14,21 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
-from ._extraction import GoodPatches, PatchBatch, extract_batches, gather_good_patches, resolve_device, resolve_source
+from ._batch_size import choose_batch_size
+from ._calibration import calibrate
+from ._extraction import PatchBatch, extract_batches, gather_good_patches, resolve_device, resolve_source
 from ._model_file import BackboneRecord, ModelRecord, no_warning_about_random_weights, read_model, restore_backbone, write_model
 from .coreset import CoresetSampler
-from .data import Source
+from .data import OnUnreadable, Source
 from .features import FeatureExtractor
 from .images import ImageTransform
 from .memory_bank import MemoryBank
 from .scoring import SCORES, PatchScorer, anomaly_maps
-from .threshold import (
-    check_false_alarm_rate,
-    conformal_threshold,
-    leave_one_out_scores,
-    log_threshold,
-    quadrants,
-)
+from .threshold import check_false_alarm_rate
 
 __all__ = ["PatchCore", "Prediction"]
 
@@ -89,7 +85,8 @@ class PatchCore:
         score: image score: "paper" (Eq. 7), "max", "anomalib" or "amazon", see PatchScorer.
         device: where the backbone runs: "auto" (CUDA if there is any), "cpu", "cuda", "cuda:1". The memory bank is on the CPU.
         seed: of the coreset's start and projection and of the choice of held-out images.
-        batch_size: images that go through the backbone at once.
+        batch_size: images that go through the backbone at once; None: 16, or as few as the free memory takes (an estimate: a quarter of it,
+            divided by the pixels of the largest image and the bytes that the backbone's maps hold for each).
         num_workers: processes that load images; 0: the own one.
 
     Attributes:
@@ -126,7 +123,7 @@ class PatchCore:
         score: str = "paper",
         device: str | torch.device = "auto",
         seed: int = 0,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         num_workers: int = 0,
     ) -> None:
         self.device = resolve_device(device)
@@ -147,7 +144,7 @@ class PatchCore:
             "crop": self.transform.crop,
             "score": _checks.choice("PatchCore", "score", score, SCORES),
             "seed": _checks.integer("PatchCore", "seed", seed, 0, 2**64 - 1),
-            "batch_size": _checks.integer("PatchCore", "batch_size", batch_size, 1),
+            "batch_size": None if batch_size is None else _checks.integer("PatchCore", "batch_size", batch_size, 1),
         }
         self._sampler(progress=False)  # checks its arguments now, not after the features are made
         self.extractor = FeatureExtractor(
@@ -157,6 +154,11 @@ class PatchCore:
     def __repr__(self) -> str:
         state = f"{len(self.bank)} rows, threshold {self.threshold:.6g}" if self._fitted else "not fitted"
         return f"PatchCore({self.extractor.backbone_name}, layers={tuple(self.settings['layers'])}, {state})"
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there is a memory bank: after ``fit`` and ``load``."""
+        return self._fitted is not None
 
     @property
     def bank(self) -> MemoryBank:
@@ -219,7 +221,7 @@ class PatchCore:
         coreset_done = perf_counter()
         _log.info("Coreset: %d patches kept, %.1f s.", len(bank), coreset_done - features_done)
         scorer = self._scorer(bank)
-        threshold, report = self._make_threshold(good, bank, scorer, rate)
+        threshold, report = calibrate(good, bank, self._scorer, rate)
         report["covering_curve"] = [list(point) for point in selection.covering_curve()] if self.settings["coreset_ratio"] < 1 else []
         timings = {
             "features": features_done - started,
@@ -229,13 +231,17 @@ class PatchCore:
         self._fitted = _Fitted(bank, scorer, threshold, self.extractor.digest(), report, timings)
         return self
 
-    def predict(self, source: Source, *, threshold: float | None = None, progress: bool | None = None) -> Iterator[Prediction]:
+    def predict(
+        self, source: Source, *, threshold: float | None = None, progress: bool | None = None, on_unreadable: OnUnreadable | None = None
+    ) -> Iterator[Prediction]:
         """Scores images, one after the other (Eq. 6, Eq. 7 and the anomaly map of section 3.3).
 
         Args:
             source: as for ``fit``.
             threshold: instead of the model's own.
             progress: show a progress bar; None: if stderr is a terminal.
+            on_unreadable: called with path and error for each image file that cannot be read, which is then left out; None: the first
+                such file ends the iteration with its error.
 
         Returns:
             An iterator of Prediction, in the order of the source; images are read as it advances.
@@ -246,7 +252,7 @@ class PatchCore:
         """
         state = self._state()
         limit = state.threshold if threshold is None else _checked_threshold(threshold)
-        return self._predictions(self._batches(source, "predict", progress), state.scorer, limit)
+        return self._predictions(self._batches(source, "predict", progress, on_unreadable), state.scorer, limit)
 
     def save(self, path: str | os.PathLike[str], include_backbone: bool = False) -> None:
         """Writes the model to one safetensors file: bank rows with provenance, settings, threshold, and name and digest of the backbone.
@@ -322,16 +328,18 @@ class PatchCore:
     def _scorer(self, bank: MemoryBank | Tensor) -> PatchScorer:
         return PatchScorer(bank, num_neighbors=self.settings["num_neighbors"], score=self.settings["score"])
 
-    def _batches(self, source: Source, description: str, progress: bool | None) -> Iterator[PatchBatch]:
+    def _batches(self, source: Source, description: str, progress: bool | None, on_unreadable: OnUnreadable | None = None) -> Iterator[PatchBatch]:
+        images = resolve_source(source)
         return extract_batches(
-            resolve_source(source),
+            images,
             self.extractor,
             self.transform,
             device=self.device,
-            batch_size=self.settings["batch_size"],
+            batch_size=self.settings["batch_size"] or choose_batch_size(self.extractor, self.transform, images, self.device),
             num_workers=self._num_workers,
             description=description,
             progress=progress,
+            on_unreadable=on_unreadable,
         )
 
     def _predictions(self, batches: Iterator[PatchBatch], scorer: PatchScorer, threshold: float) -> Iterator[Prediction]:
@@ -343,49 +351,8 @@ class PatchCore:
                 anomaly_map = anomaly_maps(scores.patch_distances, batch.grid, batch.input_size)[0]  # [h, w]
                 yield Prediction(path, score, self.transform.map_to_image(anomaly_map, height, width), score > threshold, threshold)
 
-    def _make_threshold(self, good: GoodPatches, bank: MemoryBank, scorer: PatchScorer, rate: float) -> tuple[float, dict[str, Any]]:
-        """The threshold, and what the model file tells about it."""
-        if good.held_out:
-            scores, rule = [_image_score(scorer, image.features) for image in good.held_out], "held-out images"
-        else:
-            scores, rule = self._left_out_scores(good, bank)
-        # No score at all: a single patch that there is nothing to compare with.
-        threshold = conformal_threshold(scores or [0.0], rate)
-        num_images = len(good.names) + len(good.held_out)
-        log_threshold(threshold, rule, num_images)
-        return threshold.value, {
-            "num_images": num_images,
-            "held_out_names": [image.name for image in good.held_out],
-            "threshold_from": rule,
-            "num_scores": len(scores),
-            "false_alarm_rate": rate,
-            "expected_false_alarm_rate": threshold.expected_rate,
-        }
-
-    def _left_out_scores(self, good: GoodPatches, bank: MemoryBank) -> tuple[list[float], str]:
-        """Scores without held-out images: each image against the rows of the others, or parts of the only image against each other."""
-        assert bank.image_indices is not None
-        assert bank.positions is not None
-        if len(good.names) == 1:
-            positions = good.patch_origins[:, 1:]
-            grid = (int(positions[-1, 0]) + 1, int(positions[-1, 1]) + 1)
-            groups, bank_groups = quadrants(positions, grid), quadrants(bank.positions, grid)
-            rule = "scores of each quarter of the image against the others"
-        else:
-            groups, bank_groups = good.patch_origins[:, 0], bank.image_indices
-            rule = "leave-one-image-out scores"
-
-        def score(others: Tensor, patches: Tensor) -> float:
-            return _image_score(self._scorer(others), patches)
-
-        return leave_one_out_scores(good.rows, groups, bank.features, bank_groups, score), rule
-
 
 def _checked_threshold(value: float) -> float:
     if not math.isfinite(value):
         raise ValueError(f"PatchCore: expected threshold to be a finite number, got {value}.")
     return float(value)
-
-
-def _image_score(scorer: PatchScorer, patches: Tensor) -> float:
-    return float(scorer(patches.unsqueeze(0)).image_scores[0])

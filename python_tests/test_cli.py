@@ -22,6 +22,7 @@ from small_model import images_of, make_model, write_images
 
 import patchcore_ext
 from patchcore_ext import cli
+from patchcore_ext._cli_options import model_settings
 from patchcore_ext.cli import main
 from patchcore_ext.memory_bank import MemoryBank
 from patchcore_ext.patchcore import PatchCore
@@ -81,8 +82,8 @@ def test_fit_twice_gives_the_same_bytes_and_quiet_says_nothing(place: Path, tmp_
 
 def test_default_resize_stretches_to_256(place: Path) -> None:
     arguments = cli._parser().parse_args(["fit", "data", "-o", "model"])
-    assert cli._size(arguments.resize, "--resize", cli._parser()) == (256, 256)
-    assert cli._size(arguments.crop, "--crop", cli._parser()) is None
+    assert model_settings(arguments, cli._parser())["resize"] == (256, 256)
+    assert model_settings(arguments, cli._parser())["crop"] is None
 
 
 # predict
@@ -133,6 +134,32 @@ def test_heat_maps_of_an_earlier_run_are_no_input(place: Path, tmp_path: Path, c
         assert json.loads((tmp_path / "out" / "results.json").read_text())["num_images"] == 2
     assert main(["predict", str(place / "model.safetensors"), str(tmp_path), "-o", str(tmp_path)]) == 1
     assert "expected images outside the output folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", [True, False])
+def test_unreadable_images_are_named_and_left_out_and_end_in_status_1(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], output: bool) -> None:
+    paths = write_images(tmp_path / "two\nlines", images_of(4))
+    Path(paths[1]).write_text("text")
+    Path(paths[3]).write_bytes(Path(paths[3]).read_bytes()[:200])
+    argv = ["predict", str(place / "model.safetensors"), str(tmp_path / "two\nlines"), "--device", "cpu", "--quiet"]
+    assert main([*argv, "-o", str(tmp_path / "out")] if output else argv) == 1
+    printed = capsys.readouterr()
+    first, second, last = printed.err.splitlines()
+    assert "two\\nlines/001.png' to be a readable image" in first
+    assert "two\\nlines/003.png' to be a readable image" in second
+    assert last == "patchcore-ext: error: expected images that can be read, got 2 of 4 that cannot be; the results leave them out."
+    if output:
+        assert json.loads((tmp_path / "out" / "results.json").read_text())["num_images"] == 2
+        assert "2 images that cannot be read" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    else:
+        assert [line.split()[0].endswith(name) for line, name in zip(printed.out.splitlines()[1:], ["000.png", "002.png"], strict=True)] == [True, True]
+
+
+def test_images_of_which_none_can_be_read_give_no_results(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "image.png").write_text("text")
+    assert main(["predict", str(place / "model.safetensors"), str(tmp_path), "-o", str(tmp_path / "out")]) == 1
+    assert "got 1 of 1 that cannot be" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 # info and the frame

@@ -151,6 +151,20 @@ def test_batches_name_an_unreadable_file_in_one_line(mixed_folder: Path, num_wor
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_unreadable_files_are_told_in_order_and_left_out(mixed_folder: Path, num_workers: int, batch_size: int) -> None:
+    broken = [str(mixed_folder / "1.png"), str(mixed_folder / "3.png")]
+    Path(broken[0]).write_bytes(b"broken")
+    Path(broken[1]).write_bytes(Path(broken[1]).read_bytes()[:-60])
+    told: list[tuple[str, ValueError]] = []
+    batches = load_batches(mixed_folder, PLAIN, batch_size, num_workers, on_unreadable=lambda path, error: told.append((path, error)))
+    read = [path for batch in batches for path in batch.paths]
+    assert [path for path, _ in told] == broken
+    assert all(path in str(error) for path, error in told)
+    assert read == [path for path in ImageDataset(mixed_folder, PLAIN).paths if path not in broken]
+
+
 def test_batches_name_the_image_that_a_crop_does_not_fit(mixed_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"crop to fit.*got 8 x 12.*The image is '.*3\.png'"):
         list(load_batches(mixed_folder, ImageTransform(None, (8, 12))))

@@ -13,7 +13,6 @@ from small_model import SIDE, SmallNet, images_of, make_model, same_predictions,
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from patchcore_ext import patchcore
 from patchcore_ext.patchcore import PatchCore
 from patchcore_ext.scoring import PatchScorer
 from patchcore_ext.threshold import held_out_images
@@ -71,6 +70,19 @@ def test_threshold_is_the_largest_score_of_few_held_out_images(fitted: PatchCore
     assert fitted.fit_report["expected_false_alarm_rate"] == pytest.approx(1 / 9)
     looser = make_model().fit(images_of(30), false_alarm_rate=0.5, progress=False)
     assert looser.threshold == pytest.approx(sorted(scores)[4], rel=1e-5)
+
+
+def test_share_of_false_alarms_on_fresh_good_images_is_the_expected_one() -> None:
+    trials, fresh, rate = 12, 50, 0.25
+    alarms = 0
+    for trial in range(trials):
+        model = make_model().fit(images_of(60, seed=2 * trial), false_alarm_rate=rate, progress=False)
+        alarms += sum(prediction.is_anomalous for prediction in model.predict(images_of(fresh, seed=2 * trial + 1), progress=False))
+    # The second largest of 8 held-out scores: a fresh one lies above it with a chance that is Beta(2, 7) over the choices of the 8.
+    expected = model.fit_report["expected_false_alarm_rate"]
+    assert expected == pytest.approx(2 / 9)
+    error = math.sqrt(expected * (1 - expected) / (trials * fresh) + expected * (1 - expected) / 10 / trials)
+    assert abs(alarms / (trials * fresh) - expected) < 3 * error
 
 
 def test_scores_are_those_of_the_parts(fitted: PatchCore) -> None:
@@ -311,7 +323,7 @@ def test_interrupted_fit_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPa
     elif stage == "coreset":
         monkeypatch.setattr("patchcore_ext.ops.greedy_coreset", interrupt)
     else:
-        monkeypatch.setattr(patchcore, "conformal_threshold", interrupt)
+        monkeypatch.setattr("patchcore_ext._calibration.conformal_threshold", interrupt)
     with pytest.raises(KeyboardInterrupt):
         model.fit(images_of(25, seed=8), progress=False)
     assert model.bank is bank
