@@ -85,9 +85,18 @@ def test_thresholds_separate_neighbouring_floats_in_float32_too(find: Callable[.
     threshold = find([0, 1], scores).threshold
     assert (scores > threshold).tolist() == [False, True]  # float32, as NumPy compares a float32 array with a Python float
     assert (scores.astype(np.float64) > threshold).tolist() == [False, True]
-    everything = find([1, 1], scores).threshold
+    everything = find([1, 1], scores).threshold  # no score lies below
     assert (scores > everything).all()
     assert math.isfinite(everything)
+
+
+@pytest.mark.parametrize("find", [metrics.f1_optimal_threshold, metrics.errors_at_full_recall])
+def test_thresholds_of_scores_beyond_float32(find: Callable[..., Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert 1e300 <= find([0, 1], [1e300, 2e300]).threshold < 2e300
+        assert find([1, 1], [1e300, 2e300]).threshold < 1e300
+        assert find([1, 1], [-1e300, 2e300]).threshold < -1e300
 
 
 def test_misclassified_decides_like_the_model() -> None:
@@ -363,6 +372,23 @@ def test_little_memory_gives_the_same_digits_and_is_kept_to() -> None:
     assert large.num_components >= 100
     assert large.num_anomalous_pixels * 192 > 8 * budget  # so both kinds of pixels went through the file
     assert small == measured(budget, threads=2)[0]
+
+
+def test_digits_depend_neither_on_memory_nor_on_order() -> None:
+    generator = np.random.default_rng(5)
+    images = []
+    for _ in range(6):
+        mask = ndimage.gaussian_filter(generator.standard_normal((128, 128)), 2) > 0.1
+        images.append((mask, generator.standard_normal(mask.shape, dtype=np.float32) + mask.astype(np.float32)))
+    for limit in np.linspace(0.05, 1.0, 12):
+        results = []
+        for memory, order in ((2**28, images), (2**20, images), (2**28, images[::-1])):
+            pixel_metrics = PixelMetrics(float(limit), memory)
+            for mask, values in order:
+                pixel_metrics.update(mask, values)
+            results.append(pixel_metrics.compute())
+        assert results[0].num_anomalous_pixels * 192 > 2**20
+        assert results[0] == results[1] == results[2]
 
 
 @pytest.mark.parametrize("kind", ["constant", "descending"])
