@@ -76,6 +76,10 @@ class PixelMetrics:
         ValueError: limit or memory_bytes out of range.
         TypeError: memory_bytes is not an integer.
 
+    Attributes:
+        limit: the largest false positive rate.
+        num_images: number of images so far.
+
     Note:
         Beside ``memory_bytes``, ``update`` takes up to 32 bytes for each pixel of the one image it is given. The results are the same digits for any
         ``memory_bytes`` and any number of threads; the order of the images changes nothing.

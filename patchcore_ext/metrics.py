@@ -215,10 +215,12 @@ def misclassified(labels: Numbers, scores: Numbers, threshold: float) -> int:
 
 def _threshold_below(scores: Array, lowest: float) -> float:
     """A threshold with ``lowest``, one of the scores, just above it, in float32 as well."""
-    if not (scores < lowest).any():
-        return float(np.nextafter(np.float32(lowest), np.float32(-np.inf)))
-    below = float(scores[scores < lowest].max())
-    middle = float(np.float32(below / 2 + lowest / 2))
+    smaller = scores[scores < lowest]
+    with np.errstate(over="ignore"):  # scores beyond float32 become infinite, which is not in between
+        if len(smaller) == 0:
+            return float(np.nextafter(np.float32(lowest), np.float32(-np.inf)))
+        below = float(smaller.max())
+        middle = float(np.float32(below / 2 + lowest / 2))
     return middle if below <= middle < lowest else below
 
 
