@@ -15,7 +15,7 @@ PACKAGE = ROOT / "patchcore_ext"
 FLOORS = (
     {"_version"},
     {"_library"},
-    {"_checks", "_random", "_fake", "reference", "images", "_backbone"},
+    {"_checks", "_random", "_fake", "_pictures", "reference", "images", "_backbone"},
     {"_rotation", "memory_bank", "data", "features", "metrics"},
     {"ops", "threshold"},
     {"coreset", "scoring", "_model_file", "_extraction"},
