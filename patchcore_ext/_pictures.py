@@ -39,7 +39,8 @@ _COLORS = (
 _OPACITY = 0.8  # the most that the colours hide of the grey image
 # (colour, width in pixels) from the mask outwards: light beside dark is seen on every image.
 _OUTLINE = (((64, 255, 160), 2), ((0, 0, 0), 1))
-_WEBP_QUALITY = 82
+_WEBP_QUALITIES = (82, 60, 35)
+_THUMBNAIL_BYTES = 11_000  # two for each of 1,000 images, in base64: 30 MB
 
 
 def heat_map_image(image: PIL.Image.Image, anomaly_map: Tensor, low: float, high: float) -> PIL.Image.Image:
@@ -131,9 +132,12 @@ def outlined(image: PIL.Image.Image, mask: npt.NDArray[np.bool_]) -> PIL.Image.I
 
 
 def encoded(image: PIL.Image.Image) -> str:
-    """The image as a WebP ``data:`` address."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="WEBP", quality=_WEBP_QUALITY, method=2)
+    """A thumbnail as a WebP ``data:`` address, in the best quality in which it is small, or else in the lowest."""
+    for quality in _WEBP_QUALITIES:
+        buffer = io.BytesIO()
+        image.save(buffer, format="WEBP", quality=quality, method=2)
+        if buffer.tell() <= _THUMBNAIL_BYTES:
+            break
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 

@@ -6,6 +6,7 @@
   const filters = byId("filters");
   const gallery = byId("gallery");
   const viewer = byId("viewer");
+  const panel = document.querySelector(".panel");
   const cards = [...gallery.querySelectorAll(".card")].map((element, index) => ({
     ...run.cards[index],
     element,
@@ -14,6 +15,7 @@
   }));
   let threshold = run.threshold;
   let current = cards[0];
+  let enlarged = null;
 
   const short = (number) => String(Number(number.toPrecision(4)));
 
@@ -120,6 +122,7 @@
   }
 
   function showLarge() {
+    enlarged = current;
     const [picture, heatMap] = current.button.querySelectorAll("img");
     for (const [id, image] of [["viewer-picture", picture], ["viewer-heat-map", heatMap]]) {
       byId(id).src = image.src;
@@ -146,8 +149,10 @@
       ArrowDown: () => (viewer.open ? 1 : cardsPerRow(visibleCards())),
       ArrowUp: () => (viewer.open ? -1 : -cardsPerRow(visibleCards())),
     };
-    const letters = { j: document.activeElement === document.body ? 0 : 1, k: document.activeElement === document.body ? 0 : -1 };
-    if (event.key in letters) move(letters[event.key]);
+    // From elsewhere on the page the first letter only enters the gallery.
+    const step = viewer.open || document.activeElement === current.button ? 1 : 0;
+    if (event.key === "j") move(step);
+    else if (event.key === "k") move(-step);
     else if (inGallery && event.key in arrows) move(arrows[event.key]());
     else return;
     event.preventDefault();
@@ -179,7 +184,16 @@
   byId("next").addEventListener("click", () => move(1));
   byId("close").addEventListener("click", () => viewer.close());
   viewer.addEventListener("click", (event) => event.target === viewer && viewer.close());
-  viewer.addEventListener("close", () => current.button.focus());
+  // The browser has given the focus back to the card that was enlarged first.
+  viewer.addEventListener("close", () => {
+    makeCurrent(enlarged);
+    current.button.focus();
+  });
+  // A card that gets the focus is not scrolled to below the panel.
+  new ResizeObserver(() => {
+    const covered = getComputedStyle(panel).position === "sticky" ? panel.offsetHeight : 0;
+    document.documentElement.style.scrollPaddingTop = `${covered + 12}px`;
+  }).observe(panel);
 
   for (const card of cards) card.button.tabIndex = -1;
   for (const id of ["threshold", "reset", "hint"]) byId(id).hidden = false;
