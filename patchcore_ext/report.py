@@ -104,7 +104,7 @@ class Report:
             raise ValueError(f"Report: expected color_range to be two finite numbers, the lower first, got {low} and {high}.")
         if limit < 0:
             raise ValueError(f"Report: expected limit to be 0 or more, got {limit}.")
-        self._threshold = threshold
+        self._threshold = float(threshold)
         self._color_range = (low, high)
         self._limit = limit
         self._scores: dict[str, list[float]] = {truth: [] for truth in _TRUTHS}
@@ -126,8 +126,9 @@ class Report:
                 and threshold say.
         """
         self._check(entry)
-        key = (entry.score, -len(self))
-        self._scores[_truth_of(entry)].append(entry.score)
+        score = float(entry.score)
+        key = (score, -len(self))
+        self._scores[_truth_of(entry)].append(score)
         if len(self._highest) < self._limit:
             heapq.heappush(self._highest, (*key, self._card(entry)))
         elif self._highest and key > self._highest[0][:2]:
@@ -199,7 +200,7 @@ class Report:
         truth = _truth_of(entry)
         return _Card(
             name=entry.path,
-            score=entry.score,
+            score=float(entry.score),
             is_anomalous=entry.is_anomalous,
             truth=truth,
             group=truth if entry.defect is None else entry.defect,
@@ -256,7 +257,7 @@ def _printable(value: object) -> str:
 def _figure(value: float | None) -> str:
     if value is None or math.isnan(value):
         return "n/a"
-    return f"{value:.4f}" if isinstance(value, float) and abs(value) <= 1 else f"{value:.6g}"
+    return f"{value:.6g}" if isinstance(value, int) or abs(value) > 1 else f"{value:.4f}"
 
 
 def _template() -> jinja2.Template:
@@ -274,7 +275,9 @@ def _histogram(scores: Mapping[str, Sequence[float]], threshold: float) -> dict[
     """Bars in percent of the width and height, stacked in the order of _TRUTHS, over a range that holds all scores and the threshold."""
     values = [threshold, *(score for part in scores.values() for score in part)]
     low, high = min(values), max(values)
-    margin = 0.02 * (high - low) or 0.5
+    size = max(abs(low), abs(high))
+    # Scores that differ in their last digit share a bar; equal ones stand in the middle.
+    margin = max(0.02 * (high - low), 1e-6 * size, 1e-30) if low < high else 0.5 * size or 0.5
     low, high = low - margin, high + margin
     counts = {truth: np.histogram(part, bins=_NUM_BINS, range=(low, high))[0] for truth, part in scores.items()}  # [_NUM_BINS] each
     tallest = max(1, int(np.sum(list(counts.values()), axis=0).max()))

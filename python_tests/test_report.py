@@ -1,4 +1,4 @@
-"""Heat maps and the report page; what its script does is tested in test_report_browser.py."""
+"""The report page; what its script does is tested in test_report_browser.py."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import re
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+import setuptools
 import torch
+from setuptools.config.pyprojecttoml import apply_configuration
 from sklearn.datasets import load_sample_image
 
-from patchcore_ext._pictures import outlined, shrunk
 from patchcore_ext.report import Report, ReportEntry, default_color_range, heat_map_image, write_report
 
 NASTY = "a\"b'</script><script>alert(1)</script><!--&amp;{{ 7 * 7 }}\n\u202e\u2028é" + "\udcff"
@@ -225,6 +227,22 @@ def test_histogram_holds_a_threshold_outside_of_the_scores(tmp_path: Path) -> No
         assert [bar[3] for bar in bars_of(text)] == [100]
 
 
+@pytest.mark.parametrize("score", [0.0, 1.0, 1e17, 3e38, 1e-30])
+def test_scores_that_hardly_differ_make_a_histogram(tmp_path: Path, score: float) -> None:
+    scores = [score, float(np.nextafter(score, np.inf))]
+    text = page_of(tmp_path, [entry_of(value, value=0.5, threshold=score) for value in scores], threshold=score)
+    assert sum(bar[3] for bar in bars_of(text)) in (100, 200)
+    assert "nan" not in re.findall(r'id="line" style="[^"]*"', text)[0]
+
+
+def test_numbers_of_numpy_are_welcome(tmp_path: Path) -> None:
+    image, mask = PIL.Image.new("L", (12, 8)), torch.ones(8, 12).bool()
+    entry = ReportEntry("a.png", np.float32(2), np.bool_(True), image, torch.zeros(8, 12), "crack", np.bool_(True), mask.numpy())  # type: ignore[arg-type]
+    text = page_of(tmp_path, [entry], threshold=np.float32(1), metrics={"AUROC": np.float32(0.5)})
+    assert Page(text).run()["scores"]["defective"] == [2.0]
+    assert "<dd>0.5000</dd>" in text
+
+
 @pytest.mark.parametrize(
     ("good", "defective", "area", "line"),
     [
@@ -279,29 +297,6 @@ def test_large_images_become_thumbnails_with_their_shape(tmp_path: Path) -> None
     mask = np.zeros((400, 1600), dtype=np.uint8)
     entry = ReportEntry("wide.png", 1.0, False, PIL.Image.new("RGB", (1600, 400)), torch.zeros(400, 1600), mask=mask)
     assert [image.size for image in Page(page_of(tmp_path, [entry])).images()] == [(320, 80)] * 2
-
-
-def test_shrinking_keeps_small_defects_and_mean_distances() -> None:
-    mask = np.zeros((900, 600), dtype=bool)
-    mask[451, 301] = True
-    heat_map = torch.arange(900 * 600, dtype=torch.float64).reshape(900, 600)
-    image, small_map, small_mask = shrunk(PIL.Image.new("L", (600, 900), 77), heat_map, mask, 300)
-    assert image.size == (200, 300)
-    assert small_mask is not None
-    assert np.argwhere(small_mask).tolist() == [[150, 100]]
-    assert small_map.mean().item() == pytest.approx(heat_map.mean().item(), rel=1e-5)
-    assert np.asarray(image).tolist() == np.full((300, 200), 77).tolist()
-
-
-def test_outline_lies_around_the_defect() -> None:
-    mask = np.zeros((40, 40), dtype=bool)
-    mask[15:25, 10:20] = True
-    grey = PIL.Image.new("L", (40, 40), 128)
-    pixels = np.asarray(outlined(grey, mask))
-    assert (pixels[mask] == 128).all()
-    assert pixels[20, 20].tolist() == pixels[14, 15].tolist() == [64, 255, 160]
-    assert pixels[20, 22].tolist() == [0, 0, 0]
-    assert (pixels[20, 23:] == 128).all()
 
 
 def test_outline_reaches_the_page(tmp_path: Path) -> None:
@@ -380,67 +375,6 @@ def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None
         Report(**options)
 
 
-def test_heat_map_colours_follow_the_distance() -> None:
-    image = PIL.Image.new("L", (256, 2), 100)
-    distances = torch.linspace(10, 20, 256).expand(2, 256)
-    pixels = np.asarray(heat_map_image(image, distances, 10.0, 20.0), dtype=float)  # [2, 256, 3]
-    assert pixels[0, 0].tolist() == [100, 100, 100]
-    assert pixels[0, 255].tolist() == pytest.approx([0.2 * 100 + 0.8 * value for value in (252, 255, 164)], abs=0.5)
-    luminance = pixels[0, 128:] @ np.array([0.2126, 0.7152, 0.0722])
-    assert (np.diff(luminance) > -0.5).all()  # from the middle on brighter means farther; half a step for the rounding
-    redness = pixels[0, :192, 0] - pixels[0, :192, 2]
-    assert (np.diff(redness[64:]) > -1.5).all()
-    assert redness[191] > 150
-    outside = np.asarray(heat_map_image(image, torch.tensor([[-5.0], [99.0]]).expand(2, 256), 10.0, 20.0), dtype=float)
-    assert outside[0, 0].tolist() == pixels[0, 0].tolist()
-    assert outside[1, 0].tolist() == pixels[0, 255].tolist()
-
-
-def test_heat_map_keeps_the_image_visible() -> None:
-    image = PIL.Image.fromarray(np.array([[0, 255]], dtype=np.uint8))
-    for distance, contrast in ((0.0, 255), (0.25, 204), (0.5, 51), (1.0, 51)):
-        dark, bright = np.asarray(heat_map_image(image, torch.full((1, 2), distance), 0.0, 1.0), dtype=int)[0]
-        assert bright - dark == pytest.approx([contrast] * 3, abs=1)
-
-
-def test_colors_run_around_the_threshold() -> None:
-    assert default_color_range(3.0) == (1.5, 4.5)
-    for useless in (0.0, -1.0, float("inf"), float("nan")):
-        assert default_color_range(useless) == (0.0, 1.0)
-
-
-def test_heat_map_stretches_images_of_many_bits() -> None:
-    # A sensor's 12 bits in a 16-bit file would be black otherwise.
-    values = np.array([[0.010, 0.035, 0.060]], dtype=np.float32)
-    stretched = heat_map_image(PIL.Image.fromarray(values), torch.zeros(1, 3), 0.0, 1.0)
-    plain = heat_map_image(PIL.Image.fromarray(np.array([[0, 128, 255]], dtype=np.uint8)), torch.zeros(1, 3), 0.0, 1.0)
-    assert np.array_equal(np.asarray(stretched), np.asarray(plain))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_heat_map_takes_any_float_dtype(dtype: torch.dtype) -> None:
-    image = PIL.Image.new("L", (4, 3))
-    values = torch.arange(12, dtype=torch.float32).reshape(3, 4)
-    expected = heat_map_image(image, values, 0.0, 11.0)
-    assert np.array_equal(np.asarray(heat_map_image(image, values.to(dtype).requires_grad_(), 0.0, 11.0)), np.asarray(expected))
-
-
-@pytest.mark.parametrize(
-    ("anomaly_map", "low", "high", "message"),
-    [
-        (torch.zeros(4, 3), 0.0, 1.0, r"image's size \[3, 4\], got \[4, 3\]"),
-        (torch.zeros(1, 3, 4), 0.0, 1.0, r"image's size \[3, 4\], got \[1, 3, 4\]"),
-        (torch.zeros(3, 4), 1.0, 1.0, r"low to be below high, both finite, got 1\.0 and 1\.0"),
-        (torch.zeros(3, 4), 0.0, float("inf"), "low to be below high, both finite"),
-        (torch.zeros(3, 4), float("nan"), 1.0, "low to be below high, both finite"),
-        (torch.full((3, 4), float("nan")), 0.0, 1.0, "anomaly_map to be finite"),
-    ],
-)
-def test_heat_map_refuses_what_it_cannot_show(anomaly_map: torch.Tensor, low: float, high: float, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        heat_map_image(PIL.Image.new("L", (4, 3)), anomaly_map, low, high)
-
-
 def test_covering_curve_is_drawn_when_there_is_one(tmp_path: Path) -> None:
     text = page_of(tmp_path, [entry_of(1.0)], covering_curve=[(1, 8.0), (10, 4.0), (1000, 0.0)])
     assert '<polyline points="0.0,0.0 33.3,50.0 100.0,100.0"/>' in text  # a logarithmic axis; downwards on the page
@@ -449,3 +383,18 @@ def test_covering_curve_is_drawn_when_there_is_one(tmp_path: Path) -> None:
     assert "<span>1,000: 0</span>" in text
     for nothing in ([], [(5, 1.0)]):
         assert "<polyline" not in page_of(tmp_path, [entry_of(1.0)], covering_curve=nothing)
+
+
+def test_templates_go_into_the_package_and_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+    distribution = setuptools.Distribution()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        apply_configuration(distribution, "pyproject.toml")
+    command: Any = distribution.get_command_obj("build_py")
+    command.finalize_options()
+    command.manifest_files = {}
+    carried = {Path(name).name for name in command.find_data_files("patchcore_ext", "patchcore_ext")}
+    assert carried >= {"py.typed", "report.html", "report.css", "report.js"}
+    assert "recursive-include patchcore_ext/templates *" in (root / "MANIFEST.in").read_text()

@@ -38,10 +38,8 @@
     return flagged ? "false alarm" : "missed";
   }
 
-  function verdictText(card) {
-    const verdict = card.score > threshold ? "anomalous" : "good";
-    return ["missed", "false alarm"].includes(card.outcome) ? `${verdict}: ${card.outcome}` : verdict;
-  }
+  const verdictOf = (card) => (card.score > threshold ? "anomalous" : "good");
+  const isWrong = (card) => card.outcome === "missed" || card.outcome === "false alarm";
 
   function showCounts() {
     const { good, defective, unknown } = run.scores;
@@ -80,7 +78,7 @@
       if (outcome === card.outcome) continue;
       card.outcome = outcome;
       card.element.dataset.outcome = outcome;
-      card.verdict.textContent = verdictText(card);
+      card.verdict.textContent = isWrong(card) ? outcome : verdictOf(card);
     }
     applyFilters();
   }
@@ -131,8 +129,9 @@
       byId(id).style.aspectRatio = `${image.getAttribute("width")} / ${image.getAttribute("height")}`;
     }
     byId("viewer-name").textContent = current.element.querySelector(".name").textContent;
-    const facts = [`score ${short(current.score)}`, `threshold ${short(threshold)}`, verdictText(current)];
+    const facts = [`score ${short(current.score)}`, `threshold ${short(threshold)}`, `called ${verdictOf(current)}`];
     if (current.group !== "unknown") facts.push(`in truth ${current.group}`);
+    if (isWrong(current)) facts.push(current.outcome);
     byId("viewer-facts").textContent = facts.join(" · ");
     const shown = visibleCards();
     byId("previous").disabled = current === shown[0];
