@@ -219,6 +219,19 @@ def test_nothing_is_wider_than_the_window(page: Browser, width: int) -> None:
     assert page.run("document.documentElement.scrollWidth") <= width
 
 
+def test_long_names_are_broken(browser: Browser, tmp_path: Path) -> None:
+    report, long = Report(1.0), "w" * 300
+    for path, truth in ((long, True), ("a.png", False)):
+        report.add(ReportEntry(path, 2.0, True, PIL.Image.new("L", (32, 32)), torch.zeros(32, 32), long if truth else None, truth))
+    report.write(tmp_path / "report.html", title=long, summary={long: long}, metrics={long: 1.0})
+    browser.resize(375, 800)
+    browser.open(tmp_path / "report.html")
+    assert browser.run("document.documentElement.scrollWidth") <= 375
+    browser.press("j")
+    browser.press("Enter")
+    assert browser.run("document.getElementById('viewer').scrollWidth") <= 375
+
+
 def test_injected_script_does_not_run(browser: Browser, tmp_path: Path) -> None:
     path = write_page(tmp_path / "report.html", IMAGES)
     path.write_text(path.read_text(encoding="utf-8").replace("<h1>", "<h1><script>window.injected = true</script>"), encoding="utf-8")
