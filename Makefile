@@ -6,7 +6,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_SOURCES := setup.py patchcore_ext python_tests examples benchmarks
 
-.PHONY: help setup demo test test-core test-python test-aarch64 bench bench-peers check format sanitize clean
+.PHONY: help setup demo screenshots test test-core test-python test-aarch64 bench bench-peers check format sanitize clean
 
 help:
 	@echo "make demo    set everything up, then find the cracks in real solar cells"
@@ -17,6 +17,7 @@ help:
 	@echo "make sanitize  the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make test-aarch64  the C++ tests for 64-bit Arm under qemu"
 	@echo "make bench   benchmarks; make bench-peers first fetches anomalib and fpsample"
+	@echo "make screenshots  the pictures of the report in docs/, from the demo's page; needs Chromium"
 	@echo "make clean   remove what was built (.venv stays)"
 
 setup: $(VENV)/built
@@ -38,6 +39,9 @@ $(VENV)/demo-material: $(VENV)/built
 
 demo: $(VENV)/demo-material
 	$(BIN)/python examples/demo.py --output demo
+
+screenshots: demo
+	$(BIN)/python examples/screenshots.py demo/report.html --output docs
 
 test: test-core test-python
 

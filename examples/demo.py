@@ -127,15 +127,34 @@ def draw_picture(path: Path, predictions: list[Prediction], num_good: int) -> No
     canvas.save(path, optimize=True)
 
 
-def write_results(output: Path, predictions: list[Prediction], labels: list[int], results: dict[str, Any], summary: dict[str, str]) -> None:
-    """results.json, report.html with all cells, and heat maps of the 12 with the highest and the 4 with the lowest scores."""
+def write_results(
+    output: Path, predictions: list[Prediction], labels: list[int], results: dict[str, Any], summary: dict[str, str], covering_curve: list[list[float]]
+) -> None:
+    """results.json, report.html with all cells, and heat maps of the 12 with the highest and the 4 with the lowest scores.
+
+    Args:
+        output: a folder with heat_maps/ in it.
+        predictions: of all cells of the test.
+        labels: 1 for a defective cell, 0 for a good one, in the order of the predictions.
+        results: what results.json holds.
+        summary: lines of the page.
+        covering_curve: of the model's coreset, for the page.
+    """
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     threshold = predictions[0].threshold
     entries = []
     for prediction, label in zip(predictions, labels, strict=True):
-        name, image, known = Path(prediction.path).name, load_image(prediction.path), "defective" if label else "good"
-        entries.append(ReportEntry(name, prediction.score, prediction.is_anomalous, image, prediction.anomaly_map, known))
-    write_report(output / "report.html", entries, title="Solar cells: PatchCore demo", summary=summary, threshold=threshold)
+        name, image = Path(prediction.path).name, load_image(prediction.path)
+        entries.append(ReportEntry(name, prediction.score, prediction.is_anomalous, image, prediction.anomaly_map, is_defective=label == 1))
+    write_report(
+        output / "report.html",
+        entries,
+        title="Solar cells: PatchCore demo",
+        summary=summary,
+        threshold=threshold,
+        covering_curve=covering_curve,
+        metrics={"Image AUROC": results["mean"]["image_auroc"]},
+    )
     ranked = sorted(entries, key=lambda entry: -entry.score)
     for kind, part in (("highest", ranked[:12]), ("lowest", ranked[:-5:-1])):
         for rank, entry in enumerate(part, start=1):
@@ -171,7 +190,6 @@ def main() -> None:
     measured = measure(predictions, labels)
     verdicts = [prediction.is_anomalous for prediction in predictions]
     summary = {
-        "Image AUROC": f"{measured['image_auroc']:.4f}",
         "Found": f"{sum(verdicts[len(good_paths) :])} of {len(defective_paths)} defective cells",
         "False alarms": f"{sum(verdicts[: len(good_paths)])} of {len(good_paths)} good cells",
         "Threshold": f"{model.threshold:.2f}, set from good cells alone",
@@ -184,11 +202,11 @@ def main() -> None:
     settings |= {"num_fit": len(fit_paths), "num_test_good": len(good_paths), "num_test_defective": len(defective_paths)}
     mean = {key: measured[key] for key in ("image_auroc", "pixel_auroc", "aupro")}
     results = {"classes": {"elpv_mono": {**measured, "seconds": seconds}}, "mean": mean, "settings": settings}
-    write_results(arguments.output, predictions, labels, results, summary)
+    write_results(arguments.output, predictions, labels, results, summary, model.fit_report["covering_curve"])
     if arguments.picture:
         draw_picture(arguments.picture, predictions, len(good_paths))
 
-    for name, value in summary.items():
+    for name, value in {"Image AUROC": f"{measured['image_auroc']:.4f}", **summary}.items():
         print(f"{name + ':':<14} {value}")
     print("Seconds:      ", ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()))
     print(f"\nReport: {arguments.output / 'report.html'}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import heapq
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -12,19 +11,17 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 import PIL.Image
 import PIL.PngImagePlugin
-import torch
 from torch import Tensor
 
 from .images import load_image
 from .memory_bank import atomic_write
 from .patchcore import Prediction
-from .report import ReportEntry, default_color_range, heat_map_image, write_report
+from .report import Report, ReportEntry, default_color_range, heat_map_image
 
 MAP_FORMATS = ("npy", "tiff", "png")
-_REPORT_LIMIT = 200  # images on the page; it carries them all inside
-_REPORT_SIDE = 320  # pixels of the longer side, as on the page
 _LARGEST_16_BIT = 65535
 
 
@@ -60,11 +57,21 @@ class ResultFolder:
         self._save_maps = save_maps
         self.heat_map_range = default_color_range(color_scale)
         self._rows: list[dict[str, Any]] = []
-        # The images with the highest scores: (score, -index, entry); the index decides between equal scores.
-        self._highest: list[tuple[float, int, ReportEntry]] = []
+        self._report = Report(threshold, color_range=self.heat_map_range)
 
-    def add(self, prediction: Prediction) -> None:
-        """Writes the heat map and the raw map of one image and keeps the rest for finish."""
+    def add(self, prediction: Prediction, *, defect: str | None = None, is_defective: bool | None = None, mask: npt.NDArray[Any] | None = None) -> None:
+        """Writes the heat map and the raw map of one image and keeps the rest for finish.
+
+        Args:
+            prediction: of one of the images that the folder was made for, with its threshold.
+            defect: name of the kind of defect or of another group, for the page; None: not named.
+            is_defective: what is known to be true of the image, for the page; None: nothing is known.
+            mask: array [H, W] of the image's size, not zero where the defect is, for the page; None: not known.
+
+        Raises:
+            ValueError: see :meth:`Report.add`.
+            OSError: the image cannot be read or a file cannot be written.
+        """
         image = load_image(prediction.path)
         name = self._names[prediction.path]
         row: dict[str, Any] = {"path": prediction.path, "score": prediction.score, "is_anomalous": prediction.is_anomalous}
@@ -76,20 +83,24 @@ class ResultFolder:
             if self._save_maps == "png":
                 row["map_scale"] = float(prediction.anomaly_map.max())
             self._write_map(row["map"], prediction.anomaly_map)
-        entry = (prediction.score, -len(self._rows), _small_entry(prediction, image))
-        if len(self._highest) < _REPORT_LIMIT:
-            heapq.heappush(self._highest, entry)
-        else:
-            heapq.heappushpop(self._highest, entry)
+        entry = ReportEntry(prediction.path, prediction.score, prediction.is_anomalous, image, prediction.anomaly_map, defect, is_defective, mask)
+        self._report.add(entry)
         self._rows.append(row)
 
-    def finish(self, model: str, summary: Mapping[str, str], covering_curve: Sequence[Sequence[float]] = ()) -> Path:
+    def finish(
+        self,
+        model: str,
+        summary: Mapping[str, str],
+        covering_curve: Sequence[Sequence[float]] = (),
+        metrics: Mapping[str, float | None] | None = None,
+    ) -> Path:
         """Writes the tables and the page.
 
         Args:
             model: name of the model, for the title and results.json.
             summary: lines for the top of the page.
             covering_curve: of the model's fit, for the page.
+            metrics: figures for the top of the page; None as a value: not measured.
 
         Returns:
             The path of the page.
@@ -112,20 +123,10 @@ class ResultFolder:
             open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
         ):
             _write_table(file, self._rows, self._threshold)
-        entries = [entry for _, _, entry in sorted(self._highest, key=lambda item: item[:2], reverse=True)]
-        page_summary = {"Images": str(len(self._rows)), "Called anomalous": str(num_anomalous), **summary}
-        if len(entries) < len(self._rows):
-            page_summary["On this page"] = f"the {len(entries)} images with the highest scores; results.csv has all"
         page = self._folder / "report.html"
-        write_report(
-            page,
-            entries,
-            title=f"{os.path.basename(model)}: anomalies",
-            summary=page_summary,
-            threshold=self._threshold,
-            color_range=self.heat_map_range,
-            covering_curve=covering_curve,
-        )
+        title = f"{os.path.basename(model)}: anomalies"
+        page_summary = {"Called anomalous": f"{num_anomalous} of {len(self._rows)} images", **summary}
+        self._report.write(page, title=title, summary=page_summary, metrics=metrics, covering_curve=covering_curve)
         return page
 
     def _write_map(self, relative: str, anomaly_map: Tensor) -> None:
@@ -186,17 +187,3 @@ def _write_table(file: IO[str], rows: Sequence[Mapping[str, Any]], threshold: fl
     for row in rows:
         verdict = "anomalous" if row["is_anomalous"] else "good"
         writer.writerow([row["path"], repr(row["score"]), repr(threshold), verdict, row["heat_map"], row.get("map", "")])
-
-
-def _small_entry(prediction: Prediction, image: PIL.Image.Image) -> ReportEntry:
-    """What the page shows of an image: both image and map at a size for a screen, so that a long run fits into memory."""
-    factor = min(1.0, _REPORT_SIDE / max(image.size))
-    width, height = (max(1, round(side * factor)) for side in image.size)
-    anomaly_map = prediction.anomaly_map[None, None]  # [1, 1, H, W]
-    return ReportEntry(
-        path=prediction.path,
-        score=prediction.score,
-        is_anomalous=prediction.is_anomalous,
-        image=image.resize((width, height), PIL.Image.Resampling.BILINEAR),
-        heat_map=torch.nn.functional.interpolate(anomaly_map, size=(height, width), mode="area")[0, 0],  # [height, width]
-    )

@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ._evaluation_results import ClassResult, EvaluationResult, ImageScore, printable, write_json
 from ._results import MAP_FORMATS, ResultFolder
@@ -30,6 +31,7 @@ __all__ = ["ClassResult", "EvaluationResult", "ImageScore", "evaluate"]
 
 _log = logging.getLogger("patchcore_ext")
 _RESULT = "result.json"
+_SHOWN_METRICS = (("Image AUROC", "image_auroc"), ("Pixel AUROC", "pixel_auroc"), ("AUPRO", "aupro"))  # on the page of a class
 
 
 def evaluate(
@@ -67,9 +69,9 @@ def evaluate(
 
     Note:
         A test image or mask that cannot be read ends nothing: it is named in the log and in ``problems``, and left out of the metrics.
-        Images with defects but without a mask are left out of the metrics of pixels. One anomaly map is held at a time. What a crop
-        cuts off counts as well, with a distance of 0, so a defect outside the crop is a miss; ``problems`` tells how much that is. Published
-        pixel metrics with a crop are often those of the crop alone, and higher.
+        Images with defects but without a mask are left out of the metrics of pixels. One anomaly map is held at a time. With a
+        crop, the metrics of pixels are those of the part of the images inside it, as published figures are; ``problems`` tells how much of the
+        images and of the marked defects lies outside, where nothing is found.
 
     Example:
         >>> model = PatchCore(backbone="resnet18", coreset_ratio=0.01)  # doctest: +SKIP
@@ -209,18 +211,20 @@ def _evaluate_class(model: PatchCore, item: DatasetClass, folder: Path | None, o
     for prediction in clock.timed("predict", model.predict(paths, progress=options.progress, on_unreadable=leave_out)):
         image = images[prediction.path]
         scores[image.path] = ImageScore(image.path, image.defect, image.is_defective, prediction.score, prediction.is_anomalous)
+        mask = None
         if pixels is not None:
             with clock("metrics"):
-                pixels.add(image, prediction)
+                mask = pixels.add(image, prediction)
         if files is not None:
             with clock("files"):
-                files.add(prediction)
+                files.add(prediction, defect=image.defect, is_defective=image.is_defective, mask=None if mask is None else mask.numpy())
     with clock("metrics"):
         metrics = {**_image_metrics(list(scores.values())), **(_Pixels.undefined if pixels is None else pixels.compute())}
     if files is not None:
         with clock("files"):
             summary = {"Threshold": f"{model.threshold:.6g}", "Backbone": model.extractor.backbone_name, "Left out": str(len(paths) - len(scores))}
-            files.finish(item.name, summary, model.fit_report.get("covering_curve", []))
+            shown = {name: metrics[key] for name, key in _SHOWN_METRICS}
+            files.finish(item.name, summary, model.fit_report.get("covering_curve", []), shown)
     return ClassResult(
         **metrics,
         threshold=model.threshold,
@@ -264,28 +268,37 @@ class _Pixels:
         self._metrics = PixelMetrics(limit)
         self._transform = transform
         self._problems = problems
-        self._unseen: list[float] = []
+        self._pixels = self._seen_pixels = 0  # of all images
+        self._marked = self._seen_marked = 0  # those of defects
 
-    def add(self, image: LabelledImage, prediction: Prediction) -> None:
+    def add(self, image: LabelledImage, prediction: Prediction) -> Tensor | None:
+        """Counts an image in; returns its mask [H, W], if there is one that can be used."""
         if image.is_defective and image.mask is None:
-            return
+            return None
         height, width = prediction.anomaly_map.shape
         try:
             mask = None if image.mask is None else load_mask(image.mask, (height, width))
         except ValueError as error:
             _log.warning("Left out: %s", printable(str(error)))
             self._problems.append(str(error))
-            return
-        self._metrics.update(mask, prediction.anomaly_map)
-        resized, _, _, size = self._transform.window(height, width)
-        self._unseen.append(1 - size[0] * size[1] / (resized[0] * resized[1]))
+            return None
+        seen = self._transform.seen_part(height, width)
+        self._metrics.update(None if mask is None else mask[seen], prediction.anomaly_map[seen])
+        self._pixels += height * width
+        self._seen_pixels += prediction.anomaly_map[seen].numel()
+        if mask is not None:
+            self._marked += int(mask.sum())
+            self._seen_marked += int(mask[seen].sum())
+        return mask
 
     def compute(self) -> Mapping[str, float | None]:
-        if not self._unseen:
+        if self._metrics.num_images == 0:
             return self.undefined
-        if any(self._unseen):
-            share = sum(self._unseen) / len(self._unseen)
-            self._problems.append(f"The crop cuts off {share:.0%} of the test images' area; metrics of pixels count it with a distance of 0.")
+        if self._seen_pixels < self._pixels:
+            area, marked = 1 - self._seen_pixels / self._pixels, 1 - self._seen_marked / max(self._marked, 1)
+            self._problems.append(
+                f"The crop cuts off {area:.0%} of the test images' area and {marked:.0%} of their marked pixels; metrics of pixels are of the rest."
+            )
         result = self._metrics.compute()
         return {"pixel_auroc": result.pixel_auroc, "aupro": result.aupro}
 

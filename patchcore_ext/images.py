@@ -217,6 +217,14 @@ class ImageTransform:
             )
         return Window(resized, (resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2, size)
 
+    def seen_part(self, height: int, width: int) -> tuple[slice, slice]:
+        """Return the rows and columns of an image of this height and width that lie inside the crop, whole pixels only."""
+        resized, top, left, size = self.window(height, width)
+        # In whole numbers: ceil(top * height / resized) to floor((top + size) * height / resized).
+        rows = slice(-(-top * height // resized[0]), (top + size[0]) * height // resized[0])
+        columns = slice(-(-left * width // resized[1]), (left + size[1]) * width // resized[1])
+        return rows, columns
+
     def __call__(self, image: Image.Image) -> Tensor:
         """Return the transformed image as float32 [3, h, w], normalised.
 

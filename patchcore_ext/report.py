@@ -1,60 +1,48 @@
-"""Heat maps, and a page that shows the images of a run beside them."""
+"""The report: one HTML file with the images of a run, their heat maps, and a threshold to try out."""
 
 from __future__ import annotations
 
 import base64
-import html
-import io
+import hashlib
+import heapq
+import importlib.resources
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import jinja2
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
+import torch
 from torch import Tensor
 
+from ._pictures import default_color_range, displayable, encoded, heat_map_image, legend_gradient, outlined, shrunk
 from .memory_bank import atomic_write
 
-__all__ = ["ReportEntry", "default_color_range", "heat_map_image", "write_report"]
+__all__ = ["Report", "ReportEntry", "default_color_range", "heat_map_image", "write_report"]
 
-# "Inferno", perceptually uniform and readable without colour vision (S. van der Walt and N. Smith, matplotlib 1.5, CC0), at 16 equally spaced
-# places. In between, straight lines: at most 6 of 255 steps away from the full table.
-_COLORS = (
-    (0, 0, 4),
-    (12, 8, 38),
-    (36, 12, 79),
-    (66, 10, 104),
-    (93, 18, 110),
-    (120, 28, 109),
-    (147, 38, 103),
-    (174, 48, 92),
-    (199, 62, 76),
-    (221, 81, 58),
-    (237, 105, 37),
-    (248, 133, 15),
-    (252, 165, 10),
-    (250, 198, 45),
-    (242, 230, 97),
-    (252, 255, 164),
-)
-_OPACITY = 0.8  # the most that the colours hide of the grey image
-_THUMBNAIL_SIDE = 256  # pixels of the longer side on the page
-_JPEG_QUALITY = 80
+_SHOWN_LIMIT = 1000  # images on a page, which carries them all inside
+_THUMBNAIL_SIDE = 320  # pixels of the longer side on the page
+_NUM_BINS = 60  # of the histogram
+_TRUTHS = ("good", "defective", "unknown")
 
 
 @dataclass(frozen=True, eq=False)
 class ReportEntry:
-    """One image on the page.
+    """One image of a run.
 
     Attributes:
         path: shown as the image's name.
         score: image anomaly score.
-        is_anomalous: the verdict.
-        image: the image itself.
-        heat_map: anomaly map [H, W] of the same size, in units of distance.
-        label: what is known about the image, if anything.
+        is_anomalous: the verdict: score > threshold.
+        image: the image itself, of any mode.
+        heat_map: anomaly map [H, W] of the same size, any floating dtype, in units of distance.
+        defect: name of the kind of defect, or of whatever group the image belongs to; the page can be filtered by it. None: not named.
+        is_defective: what is known to be true of the image; None: nothing is known.
+        mask: array [H, W] of the same size, not zero where the defect is; its outline is drawn. None: not known.
     """
 
     path: str
@@ -62,230 +50,279 @@ class ReportEntry:
     is_anomalous: bool
     image: PIL.Image.Image
     heat_map: Tensor
-    label: str | None = None
+    defect: str | None = None
+    is_defective: bool | None = None
+    mask: npt.NDArray[Any] | None = None
 
 
-def heat_map_image(image: PIL.Image.Image, anomaly_map: Tensor, low: float, high: float) -> PIL.Image.Image:
-    """The image in grey under the colours of its anomaly map: from clear at ``low`` over violet and red to light yellow at ``high``.
+@dataclass(frozen=True)
+class _Card:
+    """What the page keeps of an image: pictures as ``data:`` addresses, and what its script needs to know."""
+
+    name: str
+    score: float
+    is_anomalous: bool
+    truth: str  # one of _TRUTHS
+    group: str
+    picture: str
+    heat_map: str
+    width: int
+    height: int
+    has_outline: bool
+
+
+class Report:
+    """Collects the images of a run and writes them as a page.
+
+    Everything is inside the file: pictures (as thumbnails), style and script. Nothing is fetched, and a policy in the page forbids it. All heat
+    maps have the same colours for the same distances. Text is escaped; characters that cannot be printed are shown as in a Python string.
 
     Args:
-        image: any mode; "F" and "I" (16-bit greyscale) are stretched from their own darkest to their brightest pixel.
-        anomaly_map: [H, W] of the image's size, any floating dtype.
-        low: distance of the first colour, which is clear; what is below looks the same.
-        high: distance of the last colour; what is above looks the same.
-
-    Returns:
-        An RGB image of the same size.
+        threshold: scores above it are anomalous; the page's slider starts there.
+        color_range: distances of the first and the last colour; None: :func:`default_color_range` of the threshold.
+        limit: the most images that the page shows, those with the highest scores; the others are counted only.
 
     Raises:
-        ValueError: the map is of another size than the image or holds numbers that are not finite, or ``low`` is not below ``high``.
+        ValueError: the threshold is not finite, the range is empty or not finite, or ``limit`` is negative.
+
+    Note:
+        Memory: the thumbnails of the shown images, 10 to 25 kB each, and two numbers of every image.
+
+    Example:
+        >>> import PIL.Image, tempfile, torch
+        >>> report = Report(threshold=1.0)
+        >>> report.add(ReportEntry("a.png", 2.0, True, PIL.Image.new("L", (8, 8)), torch.full((8, 8), 2.0), "scratch", is_defective=True))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report.write(f"{folder}/report.html", title="Bottles")
     """
-    expected = (image.height, image.width)
-    if tuple(anomaly_map.shape) != expected:
-        raise ValueError(f"heat_map_image: expected anomaly_map to be of the image's size {list(expected)}, got {list(anomaly_map.shape)}.")
-    if not -math.inf < low < high < math.inf:
-        raise ValueError(f"heat_map_image: expected low to be below high, both finite, got {low} and {high}.")
-    distances = anomaly_map.detach().cpu().double().numpy()  # [H, W]
-    if not np.isfinite(distances).all():
-        raise ValueError("heat_map_image: expected anomaly_map to be finite, got NaN or infinity in it.")
-    grey = np.asarray(_grey(image), dtype=np.float64)[..., None]  # [H, W, 1]
-    places = np.clip((distances - low) / (high - low), 0, 1)  # [H, W]
-    opacity = _opacity(places)[..., None]  # [H, W, 1]
-    blended = (1 - opacity) * grey + opacity * _colors(places)  # [H, W, 3]
-    return PIL.Image.fromarray(np.rint(blended).astype(np.uint8))
 
+    def __init__(self, threshold: float, *, color_range: tuple[float, float] | None = None, limit: int = _SHOWN_LIMIT) -> None:
+        if not math.isfinite(threshold):
+            raise ValueError(f"Report: expected threshold to be a finite number, got {threshold}.")
+        low, high = default_color_range(threshold) if color_range is None else color_range
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"Report: expected color_range to be two finite numbers, the lower first, got {low} and {high}.")
+        if limit < 0:
+            raise ValueError(f"Report: expected limit to be 0 or more, got {limit}.")
+        self._threshold = float(threshold)
+        self._color_range = (low, high)
+        self._limit = limit
+        self._scores: dict[str, list[float]] = {truth: [] for truth in _TRUTHS}
+        # The cards with the highest scores: (score, -index, card); the index decides between equal scores.
+        self._highest: list[tuple[float, int, _Card]] = []
 
-def default_color_range(threshold: float) -> tuple[float, float]:
-    """The distances between which heat maps are coloured: half the threshold, below which most of a good image lies, and 1.5 times of it.
+    def __len__(self) -> int:
+        """Number of images so far, shown or not."""
+        return sum(map(len, self._scores.values()))
 
-    Args:
-        threshold: of the image scores, which are distances too.
+    def add(self, entry: ReportEntry) -> None:
+        """Counts an image, and keeps its thumbnails while its score is among the highest.
 
-    Returns:
-        (low, high); (0, 1) for a threshold that is no positive number.
-    """
-    return (0.5 * threshold, 1.5 * threshold) if 0 < threshold < math.inf else (0.0, 1.0)
+        Args:
+            entry: the image; nothing of it is kept.
+
+        Raises:
+            ValueError: the score or the heat map is not finite, map or mask is of another size than the image, or the verdict is not what score
+                and threshold say.
+        """
+        self._check(entry)
+        score = float(entry.score)
+        key = (score, -len(self))
+        self._scores[_truth_of(entry)].append(score)
+        if len(self._highest) < self._limit:
+            heapq.heappush(self._highest, (*key, self._card(entry)))
+        elif self._highest and key > self._highest[0][:2]:
+            heapq.heapreplace(self._highest, (*key, self._card(entry)))
+
+    def write(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        title: str,
+        summary: Mapping[str, str] | None = None,
+        metrics: Mapping[str, float | None] | None = None,
+        covering_curve: Sequence[Sequence[float]] = (),
+    ) -> None:
+        """Writes the page: the summary, all scores, and the shown images, the highest score first.
+
+        Args:
+            path: the file; written whole or not at all.
+            title: of the page.
+            summary: lines of the summary, name to value.
+            metrics: figures for the top of the page, name to value; None or NaN: not measured.
+            covering_curve: pairs (size of the coreset, covering radius), drawn when there are at least two: see ``CoresetSelection.covering_curve``.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        cards = [card for _, _, card in sorted(self._highest, key=lambda item: item[:2], reverse=True)]
+        page = _template().render(
+            title=title,
+            summary=summary or {},
+            metrics={name: _figure(value) for name, value in (metrics or {}).items()},
+            threshold=self._threshold,
+            total=len(self),
+            counts={truth: len(scores) for truth, scores in self._scores.items() if scores},
+            histogram=_histogram(self._scores, self._threshold),
+            roc=_roc(self._scores["good"], self._scores["defective"]),
+            curve=_covering_curve(covering_curve),
+            legend=_legend(*self._color_range, self._threshold),
+            aspect=_aspect(cards),
+            cards=cards,
+            groups=sorted({card.group for card in cards}, key=lambda group: (group != "good", group)),
+            run={
+                "threshold": self._threshold,
+                "scores": {truth: sorted(scores) for truth, scores in self._scores.items()},
+                "cards": [{"score": card.score, "truth": card.truth, "group": _printable(card.group)} for card in cards],
+            },
+        )
+        with atomic_write(path) as temporary:
+            temporary.write_text(page, encoding="utf-8", newline="\n")
+
+    def _check(self, entry: ReportEntry) -> None:
+        name, size = repr(entry.path), (entry.image.height, entry.image.width)
+        if not math.isfinite(entry.score):
+            raise ValueError(f"Report.add: expected the score of {name} to be a finite number, got {entry.score}.")
+        if tuple(entry.heat_map.shape) != size:
+            raise ValueError(f"Report.add: expected the heat map of {name} to be of the image's size {list(size)}, got {list(entry.heat_map.shape)}.")
+        if not bool(torch.isfinite(entry.heat_map).all()):
+            raise ValueError(f"Report.add: expected the heat map of {name} to be finite, got NaN or infinity in it.")
+        if entry.mask is not None and np.shape(entry.mask) != size:
+            raise ValueError(f"Report.add: expected the mask of {name} to be of the image's size {list(size)}, got {list(np.shape(entry.mask))}.")
+        if entry.is_anomalous != (entry.score > self._threshold):
+            expected = f"{entry.score > self._threshold} for score {entry.score} and threshold {self._threshold}"
+            raise ValueError(f"Report.add: expected is_anomalous of {name} to be {expected}, got {entry.is_anomalous}.")
+
+    def _card(self, entry: ReportEntry) -> _Card:
+        mask = None if entry.mask is None else np.asarray(entry.mask) != 0  # [H, W]
+        image, heat_map, mask = shrunk(entry.image, entry.heat_map.detach().cpu(), mask, _THUMBNAIL_SIDE)
+        has_outline = mask is not None and bool(mask.any())
+        truth = _truth_of(entry)
+        return _Card(
+            name=entry.path,
+            score=float(entry.score),
+            is_anomalous=entry.is_anomalous,
+            truth=truth,
+            group=truth if entry.defect is None else entry.defect,
+            picture=encoded(outlined(image, mask) if mask is not None and has_outline else displayable(image)),
+            heat_map=encoded(heat_map_image(image, heat_map, *self._color_range)),
+            width=image.width,
+            height=image.height,
+            has_outline=has_outline,
+        )
 
 
 def write_report(
     path: str | os.PathLike[str],
-    entries: Sequence[ReportEntry],
+    entries: Iterable[ReportEntry],
     *,
     title: str,
     summary: Mapping[str, str],
     threshold: float,
     color_range: tuple[float, float] | None = None,
     covering_curve: Sequence[Sequence[float]] = (),
+    metrics: Mapping[str, float | None] | None = None,
 ) -> None:
-    """Writes one HTML file that needs nothing else: a table, and all images with their heat maps, the highest score first.
-
-    Everything is inside the file (images as thumbnails), there is no script, and nothing is fetched. All heat maps have the same colours for
-    the same distances. Text is escaped; characters that cannot be printed are shown as in a Python string.
+    """Writes the page of a run whose images are at hand: a :class:`Report` in one call.
 
     Args:
         path: the file; written whole or not at all.
         entries: in any order; equal scores keep theirs.
         title: of the page.
-        summary: lines of the table, name to value.
+        summary: lines of the summary, name to value.
         threshold: scores above it are anomalous.
-        color_range: distances of the first and the last colour; None: :func:`default_color_range` of the threshold.
-        covering_curve: pairs (size of the coreset, covering radius), drawn when there are at least two: see ``CoresetSelection.covering_curve``.
+        color_range: as in :class:`Report`.
+        covering_curve: as in :meth:`Report.write`.
+        metrics: as in :meth:`Report.write`.
 
     Raises:
-        ValueError: a score, the threshold or a heat map is not finite, or a heat map is of another size than its image.
+        ValueError: as in :class:`Report` and :meth:`Report.add`; an earlier page stays as it was.
         OSError: the file cannot be written.
     """
-    for name, value in [("threshold", threshold), *((f"the score of {entry.path!r}", entry.score) for entry in entries)]:
-        if not math.isfinite(value):
-            raise ValueError(f"write_report: expected {name} to be a finite number, got {value}.")
-    low, high = default_color_range(threshold) if color_range is None else color_range
-    cards = [_card(entry, low, high) for entry in sorted(entries, key=lambda entry: -entry.score)]
-    rows = [f'<tr><th scope="row">{_text(name)}</th><td>{_text(value)}</td></tr>' for name, value in summary.items()]
-    page = _PAGE.format(
-        title=_text(title),
-        style=_STYLE,
-        rows="\n".join(rows),
-        legend=_legend(low, high, threshold),
-        curve=_curve(covering_curve),
-        cards="\n".join(cards) or "<p>No images.</p>",
-    )
-    with atomic_write(path) as temporary:
-        temporary.write_text(page, encoding="utf-8", newline="\n")
+    report = Report(threshold, color_range=color_range)
+    for entry in entries:
+        report.add(entry)
+    report.write(path, title=title, summary=summary, metrics=metrics, covering_curve=covering_curve)
 
 
-def _grey(image: PIL.Image.Image) -> PIL.Image.Image:
-    """The image as 8-bit grey."""
-    if image.mode not in ("F", "I", "I;16"):
-        return image.convert("L")
-    values = np.asarray(image, dtype=np.float64)  # [H, W]
-    darkest, span = values.min(), np.ptp(values)
-    return PIL.Image.fromarray(np.rint((values - darkest) * (255 / span if span > 0 else 0)).astype(np.uint8))
+def _truth_of(entry: ReportEntry) -> str:
+    return "unknown" if entry.is_defective is None else "defective" if entry.is_defective else "good"
 
 
-def _colors(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Colours [..., 3] in 0..255 of numbers in 0..1."""
-    places = np.linspace(0, 1, len(_COLORS))
-    return np.stack([np.interp(values, places, channel) for channel in zip(*_COLORS, strict=True)], axis=-1)
+def _printable(value: object) -> str:
+    """Text in which nothing hides or changes the direction of writing."""
+    return "".join(character if character.isprintable() else character.encode("unicode_escape").decode("ascii") for character in str(value))
 
 
-def _opacity(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """How much the colours of numbers in 0..1 hide, in 0..1: what is ordinary stays clear."""
-    return _OPACITY * np.minimum(2 * values, 1) ** 2
+def _figure(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return "n/a"
+    return f"{value:.6g}" if isinstance(value, int) or abs(value) > 1 else f"{value:.4f}"
 
 
-def _text(value: str) -> str:
-    """Text for a page: nothing in it is markup, ends an attribute, hides, or changes the direction of writing."""
-    printable = "".join(character if character.isprintable() else character.encode("unicode_escape").decode("ascii") for character in value)
-    return html.escape(printable, quote=True)
+def _template() -> jinja2.Template:
+    """The page's template, with style and script put in."""
+    folder = importlib.resources.files("patchcore_ext") / "templates"
+    page, style, script = ((folder / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["printable"] = _printable
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    environment.globals |= {"style": style, "script": script, "script_digest": digest}
+    return environment.from_string(page)
 
 
-def _thumbnail(image: PIL.Image.Image, description: str) -> str:
-    small = image.copy()
-    small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=_JPEG_QUALITY)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    size = f'width="{small.width}" height="{small.height}"'
-    return f'<img src="data:image/jpeg;base64,{data}" {size} alt="{_text(description)}" loading="lazy" decoding="async">'
+def _histogram(scores: Mapping[str, Sequence[float]], threshold: float) -> dict[str, Any]:
+    """Bars in percent of the width and height, stacked in the order of _TRUTHS, over a range that holds all scores and the threshold."""
+    values = [threshold, *(score for part in scores.values() for score in part)]
+    low, high = min(values), max(values)
+    size = max(abs(low), abs(high))
+    # Scores that differ in their last digit share a bar; equal ones stand in the middle.
+    margin = max(0.02 * (high - low), 1e-6 * size, 1e-30) if low < high else 0.5 * size or 0.5
+    low, high = low - margin, high + margin
+    counts = {truth: np.histogram(part, bins=_NUM_BINS, range=(low, high))[0] for truth, part in scores.items()}  # [_NUM_BINS] each
+    tallest = max(1, int(np.sum(list(counts.values()), axis=0).max()))
+    below = np.zeros(_NUM_BINS)
+    bars = []
+    for truth, count in counts.items():
+        heights = 100 * count / tallest
+        places = np.flatnonzero(count)
+        bars += [{"truth": truth, "left": 100 * index / _NUM_BINS, "top": 100 - below[index] - heights[index], "height": heights[index]} for index in places]
+        below = below + heights
+    return {"low": low, "high": high, "bars": bars, "bar_width": 100 / _NUM_BINS, "threshold": 100 * (threshold - low) / (high - low)}
 
 
-def _card(entry: ReportEntry, low: float, high: float) -> str:
-    verdict = "anomalous" if entry.is_anomalous else "good"
-    label = "" if entry.label is None else f'<span class="label">labelled {_text(entry.label)}</span>'
-    image = entry.image if entry.image.mode in ("L", "RGB") else entry.image.convert("RGB")
-    if entry.image.mode in ("F", "I", "I;16"):
-        image = _grey(entry.image)
-    heat_map = heat_map_image(entry.image, entry.heat_map, low, high)
-    return (
-        f'<figure class="{verdict}">\n'
-        f"{_thumbnail(image, entry.path)}\n"
-        f"{_thumbnail(heat_map, f'heat map of {entry.path}')}\n"
-        f'<figcaption><b class="score">{entry.score:.4g}</b> <span class="verdict">{verdict}</span> {label}'
-        f'<span class="path">{_text(entry.path)}</span></figcaption>\n'
-        "</figure>"
-    )
+def _roc(good: Sequence[float], defective: Sequence[float]) -> dict[str, Any] | None:
+    """The receiver operating characteristic as an SVG line in a square of 100, and the area below it; equal scores are one step."""
+    if not good or not defective:
+        return None
+    thresholds = np.unique([*good, *defective])[::-1]
+    false_alarms = 1 - np.searchsorted(np.sort(good), thresholds) / len(good)  # shares of scores >= threshold
+    found = 1 - np.searchsorted(np.sort(defective), thresholds) / len(defective)
+    false_alarms, found = np.concatenate([[0.0], false_alarms]), np.concatenate([[0.0], found])
+    area = float(np.sum(np.diff(false_alarms) * (found[1:] + found[:-1]) / 2))
+    places = dict.fromkeys(f"{100 * x:.1f},{100 - 100 * y:.1f}" for x, y in zip(false_alarms, found, strict=True))
+    return {"area": area, "line": " ".join(places)}
 
 
-def _legend(low: float, high: float, threshold: float) -> str:
-    places = np.linspace(0, 1, len(_COLORS))
-    gradient = ", ".join(f"rgb({red} {green} {blue} / {opacity:.2f})" for (red, green, blue), opacity in zip(_COLORS, _opacity(places), strict=True))
-    place = 100 * (threshold - low) / (high - low)
-    marks = [(0.0, f"{low:.4g}"), (100.0, f"{high:.4g} and above")]
-    if 15 <= place <= 75:  # elsewhere it would lie over one of the others
-        marks.insert(1, (place, f"threshold {threshold:.4g}"))
-    spans = "".join(f'<span style="left:{position:.1f}%">{text}</span>' for position, text in marks)
-    return f'<div class="bar" style="background:linear-gradient(to right, {gradient}), #aaa"></div><div class="marks">{spans}</div>'
-
-
-def _curve(points: Sequence[Sequence[float]]) -> str:
-    """Covering radius against the size of the coreset, as a small SVG with a logarithmic axis of sizes: it helps to choose the ratio."""
+def _covering_curve(points: Sequence[Sequence[float]]) -> dict[str, Any] | None:
+    """Covering radius against the size of the coreset, as a line in a box of 100 with a logarithmic axis of sizes: it helps to choose the ratio."""
     if len(points) < 2 or points[-1][0] <= points[0][0]:
-        return ""
-    width, height, left, bottom = 420, 150, 8, 22
+        return None
     largest = max(radius for _, radius in points) or 1.0
     span = math.log(points[-1][0] / points[0][0])
-    places = [(left + (width - 2 * left) * math.log(size / points[0][0]) / span, (height - bottom) * (1 - radius / largest) + 4) for size, radius in points]
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    size, radius = points[-1]
-    return (
-        f"<details><summary>Coreset: {size:.0f} patches, none of the good ones farther than {radius:.4g} from them</summary>"
-        f'<svg viewBox="0 0 {width} {height}" class="curve" role="img" aria-label="covering radius against the size of the coreset">'
-        f'<polyline points="{line}" fill="none" stroke="#b3261e" stroke-width="2"/>'
-        f'<text x="{left}" y="{height - 4}">{points[0][0]:.0f} patches: radius {points[0][1]:.4g}</text>'
-        f'<text x="{width - left}" y="{height - 4}" text-anchor="end">{size:.0f}: {radius:.4g}</text></svg>'
-        "<p>Largest distance of a good patch to the memory bank, for every size on the way; where the curve is flat, more patches add little.</p></details>"
-    )
+    line = " ".join(f"{100 * math.log(size / points[0][0]) / span:.1f},{100 * (1 - radius / largest):.1f}" for size, radius in points)
+    return {"line": line, "first": points[0], "last": points[-1]}
 
 
-# System colours follow the reader's light or dark setting.
-_STYLE = """
-:root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 22%, transparent); }
-body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 90rem; }
-h1 { font-size: 1.5rem; margin: 0.5rem 0 1rem; overflow-wrap: anywhere; }
-table { border-collapse: collapse; margin-bottom: 1.5rem; }
-th, td { border-bottom: 1px solid var(--line); padding: 0.3rem 1.5rem 0.3rem 0; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
-th { font-weight: normal; opacity: 0.75; white-space: nowrap; }
-.legend { max-width: 36rem; margin-bottom: 1.5rem; }
-.legend p { margin: 0 0 0.4rem; }
-.bar { height: 0.9rem; border-radius: 3px; }
-.marks { position: relative; height: 1.4rem; font-size: 0.85rem; }
-.marks span { position: absolute; transform: translateX(-50%); white-space: nowrap; }
-.marks span:first-child { transform: none; }
-.marks span:last-child { transform: translateX(-100%); }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
-figure { margin: 0; padding: 0.6rem; border: 1px solid var(--line); border-radius: 6px; display: grid; grid-template-columns: 1fr 1fr; gap: 0.4rem; }
-figure img { width: 100%; height: auto; display: block; }
-figcaption { grid-column: 1 / -1; font-size: 0.9rem; }
-.score { font-variant-numeric: tabular-nums; }
-.verdict { border-radius: 3px; padding: 0 0.4rem; color: white; background: #2f6f4f; }
-.anomalous .verdict { background: #b3261e; }
-.label { opacity: 0.75; }
-details { margin-bottom: 1.5rem; max-width: 32rem; }
-.curve { width: 100%; font-size: 13px; fill: currentColor; }
-.path { display: block; opacity: 0.75; overflow-wrap: anywhere; }
-"""
+def _legend(low: float, high: float, threshold: float) -> dict[str, Any]:
+    """The gradient, and the marks below it: (percent of the width, text)."""
+    place = 100 * (threshold - low) / (high - low)
+    marks = [(0.0, f"{low:.4g}"), (100.0, f"≥ {high:.4g}")]
+    if 15 <= place <= 75:  # elsewhere it would lie over one of the others
+        marks.insert(1, (place, f"threshold {threshold:.4g}"))
+    return {"gradient": legend_gradient(), "marks": marks}
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>{title}</h1>
-<table>
-{rows}
-</table>
-<div class="legend">
-<p>Colours of all heat maps: distance of each place to the good images</p>
-{legend}
-</div>
-{curve}
-<main class="gallery">
-{cards}
-</main>
-</body>
-</html>
-"""
+
+def _aspect(cards: Sequence[_Card]) -> float:
+    """Width over height of the frames that the pictures lie in: that of most images, between 1/2 and 2."""
+    return min(2.0, max(0.5, float(np.median([card.width / card.height for card in cards])))) if cards else 1.0

@@ -396,3 +396,14 @@ def test_map_to_image_without_a_change_of_size_is_exact() -> None:
 def test_map_to_image_refuses_another_size() -> None:
     with pytest.raises(ValueError, match=r"anomaly_map to be of shape \[224, 224\].*480 x 640, got \[256, 256\]"):
         ImageTransform((256, 256), 224).map_to_image(torch.zeros(256, 256), 480, 640)
+
+
+@pytest.mark.parametrize(("resize", "crop"), [((32, 48), 16), (32, 24), (None, (7, 9)), ((64, 64), None), (17, 11)])
+def test_the_seen_part_holds_the_whole_pixels_of_the_crop(resize: Any, crop: Any) -> None:
+    transform = ImageTransform(resize, crop)
+    for height, width in ((24, 40), (31, 17), (100, 100)):
+        resized, top, left, size = transform.window(height, width)
+        seen = transform.seen_part(height, width)
+        for part, start, length, scale in zip(seen, (top, left), size, (resized[0] / height, resized[1] / width), strict=True):
+            assert part.start * scale >= start - 1e-9 > (part.start - 1) * scale - 1e-8
+            assert part.stop * scale <= start + length + 1e-9 < (part.stop + 1) * scale + 1e-8

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "patchcore_ext"
 FLOORS = (
     {"_version"},
     {"_library"},
-    {"_checks", "_random", "_fake", "reference", "images", "_backbone", "_spool"},
+    {"_checks", "_random", "_fake", "reference", "images", "_backbone", "_spool", "_pictures"},
     {"_rotation", "memory_bank", "data", "layout", "features", "_pixel_metrics"},
     {"ops", "threshold", "metrics"},
     {"coreset", "scoring", "_model_file", "_extraction", "_batch_size"},

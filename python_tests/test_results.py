@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import pytest
 import torch
 from small_model import images_of, write_images
 
-from patchcore_ext import _results
 from patchcore_ext._results import ResultFolder, unique_names
 from patchcore_ext.patchcore import Prediction
 
@@ -125,24 +125,29 @@ def test_heat_maps_of_a_run_share_one_scale(tmp_path: Path) -> None:
     assert ResultFolder(tmp_path, [], threshold=9.0, color_scale=0.0, save_maps=None).heat_map_range == (0.0, 1.0)
 
 
-def test_page_holds_the_highest_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_results, "_REPORT_LIMIT", 2)
-    seen: dict[str, Any] = {}
-
-    def write_report(path: Path, predictions: list[Any], **options: Any) -> None:
-        seen.update(options, scores=[entry.score for entry in predictions], sizes=[entry.image.size for entry in predictions])
-        assert all(tuple(entry.heat_map.shape) == entry.image.size[::-1] for entry in predictions)
-
-    monkeypatch.setattr(_results, "write_report", write_report)
-    monkeypatch.setattr(_results, "_REPORT_SIDE", 20)
+def test_page_has_all_images_and_the_colours_of_the_heat_maps(tmp_path: Path) -> None:
     paths = write_images(tmp_path / "images", images_of(4))
-    write_results(tmp_path / "out", predictions_of(paths, [0.2, 0.9, 0.9, 0.3]))
-    assert seen["scores"] == [0.9, 0.9]
-    assert seen["sizes"] == [(20, 12), (20, 12)]
-    assert seen["summary"]["On this page"].startswith("the 2 images with the highest scores")
-    assert seen["summary"]["Images"] == "4"
-    assert seen["summary"]["Line"] == "text"
-    assert (seen["threshold"], seen["color_range"]) == (THRESHOLD, (0.5 * THRESHOLD, 1.5 * THRESHOLD))
+    page = write_results(tmp_path / "out", predictions_of(paths, [0.2, 0.9, 0.5, 0.3])).read_text(encoding="utf-8")
+    assert re.findall(r'class="score">([^<]*)<', page) == ["0.9", "0.5", "0.3", "0.2"]
+    assert '"unknown": [0.2, 0.3, 0.5, 0.9]' in page
+    assert "<dt>Called anomalous</dt><dd>1 of 4 images</dd>" in page
+    assert "<dt>Line</dt><dd>text</dd>" in page
+    assert ">0.25</span>" in page  # from half the threshold
+    assert ">≥ 0.75</span>" in page
+
+
+def test_what_is_known_reaches_the_page(tmp_path: Path) -> None:
+    paths = write_images(tmp_path / "images", images_of(2))
+    folder = ResultFolder(tmp_path / "out", paths, threshold=THRESHOLD, color_scale=THRESHOLD, save_maps=None)
+    bad, good = predictions_of(paths, [0.9, 0.2])
+    folder.add(bad, defect="scratch", is_defective=True, mask=np.ones(bad.anomaly_map.shape, dtype=np.uint8))
+    folder.add(good, is_defective=False)
+    page = folder.finish("model", {}, metrics={"Image AUROC": 1.0, "AUPRO": None}).read_text(encoding="utf-8")
+    assert '"defective": [0.9], "good": [0.2], "unknown": []' in page
+    assert 'value="scratch"' in page
+    assert "000.png, defect outlined" in page
+    assert "<dt>Image AUROC</dt><dd>1.0000</dd>" in page
+    assert "<dt>AUPRO</dt><dd>n/a</dd>" in page
 
 
 def test_path_that_is_not_utf8_keeps_its_bytes(tmp_path: Path) -> None:
@@ -160,7 +165,7 @@ def test_failed_page_leaves_no_half_files(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_results, "_write_table", fail)
+    monkeypatch.setattr("patchcore_ext._results._write_table", fail)
     with pytest.raises(KeyboardInterrupt):
         write_results(tmp_path / "out", predictions_of(paths, [0.6]))
     assert everything_below(tmp_path / "out") == {"heat_maps/000.png", "results.json"}
