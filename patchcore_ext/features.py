@@ -32,6 +32,7 @@ __all__ = ["FeatureExtractor", "PatchFeatures"]
 logger = logging.getLogger(__name__)
 
 AGGREGATIONS = ("concat", "paper")
+PRECISIONS = ("float32", "bfloat16")
 # "paper" aggregation unfolds this many bytes of neighbourhoods at a time.
 _UNFOLD_BYTES = 32 << 20
 
@@ -73,6 +74,10 @@ class FeatureExtractor(nn.Module):
         patch_size: p, odd.
         stride: Distance between the patches that are kept, in positions of the finest map.
         feature_dim: D of "paper"; unused by "concat".
+        precision: "float32"; or "bfloat16": the network runs under autocast, which is faster where the processor has the instructions and changes the features
+            by about 1% (the README has measurements). Pooling and features stay float32.
+        compile: Run the network through torch.compile: the first batch of each shape takes half a minute longer, the others less; features may change in their
+            last bits.
 
     Attributes:
         backbone_name: The torchvision name in lower case, or the class name of your module.
@@ -110,9 +115,14 @@ class FeatureExtractor(nn.Module):
         patch_size: int = 3,
         stride: int = 1,
         feature_dim: int = 1024,
+        precision: str = "float32",
+        compile: bool = False,
     ) -> None:
         super().__init__()
         _check_options(aggregation, patch_size, stride, feature_dim)
+        if precision not in PRECISIONS:
+            raise ValueError(f"FeatureExtractor: expected precision to be one of {PRECISIONS}, got {precision!r}.")
+        self.precision = precision
         self.layers = checked_layers(layers)
         self.aggregation = aggregation
         self.patch_size = patch_size
@@ -142,6 +152,10 @@ class FeatureExtractor(nn.Module):
         else:
             raise TypeError(f"FeatureExtractor: expected backbone to be a name or a torch.nn.Module, got {type(backbone).__name__}.")
         self._nhwc_layers = frozenset(layer for layer in self.layers if is_nhwc(module, layer))
+        # Convolutions are faster in this layout; the features are the same up to their last bits.
+        self.network.to(memory_format=torch.channels_last)
+        if compile:
+            self.network.compile()
         self.train(False)
 
     def train(self, mode: bool = True) -> FeatureExtractor:
@@ -169,7 +183,9 @@ class FeatureExtractor(nn.Module):
                 f"got {images.dtype} {list(images.shape)}. ImageTransform makes one from an image or a batch."
             )
         weight = next((parameter for parameter in self.network.parameters() if parameter.is_floating_point()), images)
-        outputs = self.network(images.to(device=weight.device, dtype=weight.dtype))
+        images = images.to(device=weight.device, dtype=weight.dtype, memory_format=torch.channels_last)
+        with torch.autocast(weight.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            outputs = self.network(images)
         maps = [self._checked_map(layer, outputs[layer], len(images)) for layer in self.layers]
         if self.aggregation == "concat":
             return _concatenate(maps, self.patch_size, self.stride)
@@ -242,6 +258,8 @@ class FeatureExtractor(nn.Module):
                 f"FeatureExtractor: expected layer {layer!r} of {self.backbone_name} to give a map [B, C, h, w], got {got}. "
                 "Choose a layer whose output is a feature map."
             )
+        if self.precision == "bfloat16":
+            output = output.float()
         return output.permute(0, 3, 1, 2) if layer in self._nhwc_layers else output
 
 

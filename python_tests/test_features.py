@@ -668,3 +668,27 @@ def test_images_that_cannot_be_are_refused() -> None:
     for images in (torch.zeros(3, 32, 32), torch.zeros(1, 1, 32, 32), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)):
         with pytest.raises(ValueError, match=r"images to be a float tensor \[B, 3, H, W\], got torch\..* \[.*32, 32\]"):
             extractor(images)
+
+
+def test_bfloat16_is_near_and_the_features_stay_float32() -> None:
+    net = small_net().float()
+    layers = tuple(name for name, module in net.named_modules() if isinstance(module, torch.nn.Conv2d))[:2]
+    images = random_images(2, 64, 48, torch.float32)
+    exact, near = (FeatureExtractor(net, layers, precision=precision) for precision in ("float32", "bfloat16"))
+    with torch.inference_mode():
+        expected, found = exact(images).features, near(images).features
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, expected)
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+    with pytest.raises(ValueError, match=r"expected precision to be one of \('float32', 'bfloat16'\), got 'float16'"):
+        FeatureExtractor(net, layers, precision="float16")
+
+
+def test_a_compiled_network_gives_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
+    net = small_net().float()
+    layers = tuple(name for name, module in net.named_modules() if isinstance(module, torch.nn.Conv2d))[:1]
+    images = random_images(1, 32, 32, torch.float32)
+    with torch.inference_mode():
+        found, expected = (FeatureExtractor(net, layers, compile=compiled)(images).features for compiled in (True, False))
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
