@@ -93,6 +93,7 @@ class ResultFolder:
         summary: Mapping[str, str],
         covering_curve: Sequence[Sequence[float]] = (),
         metrics: Mapping[str, float | None] | None = None,
+        unreadable: Sequence[str] = (),
     ) -> Path:
         """Writes the tables and the page.
 
@@ -101,6 +102,7 @@ class ResultFolder:
             summary: lines for the top of the page.
             covering_curve: of the model's fit, for the page.
             metrics: figures for the top of the page; None as a value: not measured.
+            unreadable: paths of images that could not be read, for results.json.
 
         Returns:
             The path of the page.
@@ -113,6 +115,7 @@ class ResultFolder:
             "num_images": len(self._rows),
             "num_anomalous": num_anomalous,
             "heat_map_range": [low, high],
+            "unreadable": list(unreadable),
             "predictions": self._rows,
         }
         with atomic_write(self._folder / "results.json") as temporary:

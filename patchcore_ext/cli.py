@@ -26,6 +26,7 @@ from ._library import build_info
 from ._results import MAP_FORMATS, ResultFolder
 from ._version import __version__
 from .images import list_images
+from .layout import training_folder
 from .memory_bank import check_output_path
 from .patchcore import PatchCore
 
@@ -96,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_fit(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser("fit", parents=[common], help="learn from good images", description="Makes a model from good images.")
-    parser.add_argument("data", metavar="DATA", help="folder with images of good parts, searched with its subfolders, or one image")
+    parser.add_argument(
+        "data", metavar="DATA", help="folder with images of good parts, searched with its subfolders (of a class of a dataset: train/good), or one image"
+    )
     parser.add_argument("-o", "--output", metavar="MODEL", required=True, help="model file to write (.safetensors)")
     add_model_flags(parser)
     parser.add_argument("--include-backbone", action="store_true", help="store the network's weights in the model file, too")
@@ -129,7 +132,7 @@ def _fit(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None
     settings = model_settings(arguments, parser)
     # Both before the long work, and before weights are fetched.
     check_output_path(arguments.output)
-    paths = list_images(arguments.data)
+    paths = list_images(training_folder(arguments.data))
     model = PatchCore(**settings)
     started = time.perf_counter()
     _log.info("Fitting %s on %d images, network on %s.", model.extractor.backbone_name, len(paths), model.device)
@@ -170,6 +173,7 @@ def _predict(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> 
             **({"Left out": f"{len(unreadable.paths)} images that cannot be read"} if unreadable.paths else {}),
         },
         model.fit_report.get("covering_curve", []),
+        unreadable=unreadable.paths,
     )
     if not arguments.quiet:
         print(page)

@@ -258,9 +258,8 @@ class FeatureExtractor(nn.Module):
                 f"FeatureExtractor: expected layer {layer!r} of {self.backbone_name} to give a map [B, C, h, w], got {got}. "
                 "Choose a layer whose output is a feature map."
             )
-        if self.precision == "bfloat16":
-            output = output.float()
-        return output.permute(0, 3, 1, 2) if layer in self._nhwc_layers else output
+        feature_map: Tensor = output.float() if self.precision == "bfloat16" else output
+        return feature_map.permute(0, 3, 1, 2) if layer in self._nhwc_layers else feature_map
 
 
 def _concatenate(maps: list[Tensor], patch_size: int, stride: int) -> PatchFeatures:

@@ -18,10 +18,16 @@ from torch import Tensor
 
 from .images import find_images, list_images, load_image, natural_key
 
-__all__ = ["DatasetClass", "LabelledImage", "load_mask", "read_dataset"]
+__all__ = ["DatasetClass", "LabelledImage", "load_mask", "read_dataset", "training_folder"]
 
 _GOOD = "good"
 _MASK_SUFFIXES = ("_mask.png", ".png")
+
+
+def training_folder(folder: str) -> str:
+    """``folder/train/good`` where there is one, else ``folder``: whoever fits on a class of a dataset does not mean its defects and masks."""
+    good = os.path.join(folder, "train", _GOOD)
+    return good if os.path.isdir(good) else folder
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from .coreset import CoresetSampler
 from .data import OnUnreadable, Source
 from .features import FeatureExtractor
 from .images import ImageTransform
+from .layout import training_folder
 from .memory_bank import MemoryBank
 from .scoring import SCORES, PatchScorer, anomaly_maps
 from .threshold import check_false_alarm_rate
@@ -207,7 +208,8 @@ class PatchCore:
         (logger "patchcore_ext") says which it was.
 
         Args:
-            source: a folder, a list of paths, a Dataset, a DataLoader or a batch tensor [B, 3, H, W].
+            source: a folder, a list of paths, a Dataset, a DataLoader or a batch tensor [B, 3, H, W]. Of a folder in MVTec AD's layout the
+                images in train/good are taken.
             false_alarm_rate: share of good images that may be called anomalous, between 0 and 1.
             progress: show progress bars; None: if stderr is a terminal.
 
@@ -219,6 +221,8 @@ class PatchCore:
         """
         rate = check_false_alarm_rate(false_alarm_rate)
         started = perf_counter()
+        if isinstance(source, str | os.PathLike):
+            source = training_folder(os.fspath(source))
         good = gather_good_patches(self._batches(source, "features", progress), self.settings["seed"])
         features_done = perf_counter()
         num_images = len(good.names) + len(good.held_out)

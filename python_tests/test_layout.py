@@ -11,7 +11,7 @@ import torch
 from image_files import write
 from PIL import Image
 
-from patchcore_ext.layout import DatasetClass, LabelledImage, load_mask, read_dataset
+from patchcore_ext.layout import DatasetClass, LabelledImage, load_mask, read_dataset, training_folder
 
 
 def make_class(folder: Path) -> Path:
@@ -128,3 +128,11 @@ def test_mask_of_another_size_or_no_image_is_refused(tmp_path: Path) -> None:
     Path(path).write_text("text")
     with pytest.raises(ValueError, match=r"mask\.png' to be a readable image"):
         load_mask(path, (6, 5))
+
+
+def test_a_class_is_fitted_on_its_good_training_images_alone(tmp_path: Path) -> None:
+    for place in ("part/train/good", "part/test/crack", "part/ground_truth/crack", "plain"):
+        (tmp_path / place).mkdir(parents=True)
+    assert training_folder(str(tmp_path / "part")) == str(tmp_path / "part" / "train" / "good")
+    assert training_folder(str(tmp_path / "plain")) == str(tmp_path / "plain")
+    assert training_folder(str(tmp_path / "absent")) == str(tmp_path / "absent")
