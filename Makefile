@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+PEERS = $(if $(wildcard build/peers/bin/python),--peers build/peers/bin/python)
 PYTHON_SOURCES := setup.py patchcore_ext python_tests examples benchmarks
 
 .PHONY: help setup demo screenshots test test-core test-python test-aarch64 bench bench-peers check format sanitize clean
@@ -75,7 +76,11 @@ test-aarch64: $(VENV)/built
 	ctest --test-dir build/aarch64 --output-on-failure
 
 bench: $(VENV)/demo-material
-	$(BIN)/python -m benchmarks.bench_coreset $(if $(wildcard build/peers/bin/python),--peers build/peers/bin/python)
+	$(BIN)/pip install --quiet faiss-cpu
+	$(BIN)/python -m benchmarks.bench_coreset $(PEERS)
+	$(BIN)/python -m benchmarks.bench_knn $(PEERS)
+	$(BIN)/python -m benchmarks.bench_metrics $(PEERS)
+	$(BIN)/python -m benchmarks.bench_features
 
 # An environment for anomalib that borrows torch from .venv.
 bench-peers: $(VENV)/built

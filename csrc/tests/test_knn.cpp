@@ -262,6 +262,28 @@ TEST(the_error_of_the_steps_counts) {
   for (const int64_t k : {1, 5}) CHECK(filtered(queries, bank, prepared, k, options, serial()) == search(queries, bank, k, serial()));
 }
 
+// Rows whose coordinates are the same numbers in other orders: all about as far from the origin, to the last bits of float64. Float32 sums differ by
+// more than that, and must not decide.
+TEST(float32_does_not_decide_between_near_ties) {
+  std::mt19937_64 random(23);
+  std::vector<double> numbers(48);
+  for (double& number : numbers) number = std::sqrt(static_cast<double>(1 + random() % 1000));
+  std::vector<std::vector<double>> rows(600, numbers);
+  for (std::vector<double>& row : rows) std::shuffle(row.begin(), row.end(), random);
+  data::Set set =
+      data::fill(data::make("orders", 600, 48), [&](int64_t r, int64_t j) { return rows[static_cast<size_t>(r)][static_cast<size_t>(j)]; });
+  data::Set asked = data::fill(data::make("origin", 3, 48), [&](int64_t r, int64_t) { return static_cast<double>(r) * 1e-3; });
+  const Rows &bank = data::rows_of(set), &queries = data::rows_of(asked);
+  for (const int64_t outputs : {0, 9}) {
+    Memory prepared = prepare(bank, rotation_for(bank, outputs, outputs).view, serial());
+    for (const int32_t prefix : {-1, 1}) {
+      SearchOptions options;
+      options.prefix = prefix;
+      for (const int64_t k : {1, 4}) CHECK(filtered(queries, bank, prepared, k, options, serial()) == search(queries, bank, k, serial()));
+    }
+  }
+}
+
 TEST(a_filtered_query_alone_gets_the_bits_it_gets_in_a_batch) {
   data::Set set = data::fill(data::make("lattice", 900, 12), [](int64_t r, int64_t j) { return static_cast<double>((r * 31 + j * 17) % 5); });
   const Rows& bank = data::rows_of(set);
