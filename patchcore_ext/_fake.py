@@ -56,7 +56,7 @@ def _prepare_bank(bank: Tensor, center: Tensor, matrix: Tensor, short_outputs: i
     if outputs > 0:
         words = (outputs - short_outputs + 4) // 4
         pieces += [(outputs + 63) // 64 * 128 * ((dim + 1) // 2 * 2), *tile_filter((short_outputs + 4) // 4), 4 * rows]
-        pieces += [rows * 4 * words, 4 * rows, 4 * rows]
+        pieces += [64 * tiles * 4 * words, 256 * tiles, 256 * tiles]
     return bank.new_empty((sum((size + 63) // 64 * 64 for size in pieces),), dtype=torch.uint8)
 
 

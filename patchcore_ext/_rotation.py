@@ -50,7 +50,7 @@ def center_and_prefix(rows: Tensor) -> tuple[Tensor, Tensor]:
 # where neighbourhoods are pooled to 1536, 127 and 511 take less than half the time of these.
 _SHORT, _SHORT_REST = (63, 79, 95, 127), 0.16
 _LONG, _LONG_REST = (191, 255, 383, 511), 0.03
-_PREPARED_ROWS = 2048  # below, scanning all coordinates is as fast
+_PREPARED_ROWS = 1024  # below, the matrix takes more memory than it is worth
 _PREPARED_DIMS = range(192, 8193)
 _POWER_STEPS = 5
 _UNIT = 2**14

@@ -58,7 +58,36 @@ void check_vector(const Tensor& tensor, ScalarType type, int64_t size, const cha
   }
 }
 
-std::unique_ptr<char[]> workspace(int64_t bytes) { return std::unique_ptr<char[]>(new char[static_cast<size_t>(bytes)]); }
+// Memory for one call of a kernel. Small ones are kept for the thread's next call: fresh pages would cost a short search a tenth of its time.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) : size_(static_cast<size_t>(bytes)) {
+    if (size_ <= kMostKept && kept_size_ >= size_) memory_.swap(kept_);
+    if (memory_ == nullptr)
+      memory_.reset(new char[size_]);
+    else
+      size_ = kept_size_;
+  }
+  ~Workspace() {
+    if (size_ > kMostKept) return;
+    kept_.swap(memory_);
+    kept_size_ = size_;
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  void* get() const { return memory_.get(); }
+
+ private:
+  static constexpr size_t kMostKept = size_t{8} << 20;
+  static thread_local std::unique_ptr<char[]> kept_;
+  static thread_local size_t kept_size_;
+  std::unique_ptr<char[]> memory_;
+  size_t size_;
+};
+
+thread_local std::unique_ptr<char[]> Workspace::kept_;
+thread_local size_t Workspace::kept_size_ = 0;
 
 Tensor empty(std::initializer_list<int64_t> size, ScalarType type) {
   return torch::stable::empty(std::vector<int64_t>(size), type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
@@ -119,7 +148,7 @@ Tensor random_projection(const Tensor& features, const Tensor& matrix) {
   }
   const ProjectionMatrix sparse = {input.rows.dim, num_outputs, offsets.data(), outputs.data(), values.data()};
   const Parallel parallel = torch_threads(input.rows.count * offsets.back());
-  const auto memory = workspace(random_projection_workspace_bytes(input.rows, sparse, parallel));
+  const Workspace memory(random_projection_workspace_bytes(input.rows, sparse, parallel));
   Tensor projected = empty({input.rows.count, num_outputs}, ScalarType::Float);
   const Status status = random_projection_cpu(input.rows, sparse, parallel, memory.get(), static_cast<float*>(projected.mutable_data_ptr()));
   if (status != Status::kOk) explain_nonfinite(op, {{"features", &input.rows}});
@@ -133,7 +162,7 @@ void update_min_distances(const Tensor& features, const Tensor& centers, Tensor 
   check_same_dim(added.rows, "centers", input.rows, "features", op);
   check_vector(min_distances, ScalarType::Double, input.rows.count, op, "min_distances", "float64");
   const Parallel parallel = torch_threads(input.rows.count * input.rows.dim);
-  const auto memory = workspace(coreset_workspace_bytes(input.rows, parallel));
+  const Workspace memory(coreset_workspace_bytes(input.rows, parallel));
   const Status status =
       update_min_distances_cpu(input.rows, added.rows, parallel, memory.get(), static_cast<double*>(min_distances.mutable_data_ptr()));
   if (status != Status::kOk) explain_nonfinite(op, {{"features", &input.rows}, {"centers", &added.rows}});
@@ -180,7 +209,7 @@ Tensor coreset_codes(const Tensor& features, const Tensor& center, const Tensor&
   const int64_t bytes = coreset_codes_bytes(input.rows, rotation);
   Tensor codes = empty({bytes}, ScalarType::Byte);
   std::memset(codes.mutable_data_ptr(), 0, static_cast<size_t>(bytes));  // the padding between the arrays: same features, same bytes
-  const auto memory = workspace(coreset_codes_workspace_bytes(input.rows, rotation, parallel));
+  const Workspace memory(coreset_codes_workspace_bytes(input.rows, rotation, parallel));
   pack_coreset_codes_cpu(input.rows, rotation, parallel, memory.get(), codes.mutable_data_ptr());
   return codes;
 }
@@ -208,7 +237,7 @@ void add_picks(const Tensor& features, const Tensor& picks, Tensor min_distances
   }
   check_codes(codes, input.rows, op);
   const Parallel parallel = torch_threads(input.rows.count * input.rows.dim);
-  const auto memory = workspace(batched_coreset_workspace_bytes(input.rows, codes.const_data_ptr(), parallel));
+  const Workspace memory(batched_coreset_workspace_bytes(input.rows, codes.const_data_ptr(), parallel));
   batched_add_picks_cpu(input.rows, codes.const_data_ptr(), rows, picks.size(0), parallel, memory.get(),
                         static_cast<double*>(min_distances.mutable_data_ptr()), nullptr);
 }
@@ -233,11 +262,11 @@ std::tuple<Tensor, Tensor> greedy_coreset(const Tensor& features, Tensor min_dis
   const Parallel parallel = torch_threads(input.rows.count * input.rows.dim);
   if (codes.has_value()) {
     check_codes(*codes, input.rows, op);
-    const auto memory = workspace(batched_coreset_workspace_bytes(input.rows, codes->const_data_ptr(), parallel));
+    const Workspace memory(batched_coreset_workspace_bytes(input.rows, codes->const_data_ptr(), parallel));
     batched_greedy_coreset_cpu(input.rows, codes->const_data_ptr(), count, {}, parallel, memory.get(), state, picks, values, nullptr);
     return {indices, squared_distances};
   }
-  const auto memory = workspace(coreset_workspace_bytes(input.rows, parallel));
+  const Workspace memory(coreset_workspace_bytes(input.rows, parallel));
   const Status status = greedy_coreset_cpu(input.rows, count, parallel, memory.get(), state, picks, values);
   if (status != Status::kOk) explain_nonfinite(op, {{"features", &input.rows}});
   return {indices, squared_distances};
@@ -277,7 +306,7 @@ Tensor prepare_bank(const Tensor& bank, const Tensor& center, const Tensor& matr
   const int64_t bytes = prepared_bank_bytes(known.rows, rotation);
   Tensor prepared = empty({bytes}, ScalarType::Byte);
   std::memset(prepared.mutable_data_ptr(), 0, static_cast<size_t>(bytes));  // the padding between the arrays: same bank, same bytes
-  const auto memory = workspace(prepare_bank_workspace_bytes(known.rows, rotation, parallel));
+  const Workspace memory(prepare_bank_workspace_bytes(known.rows, rotation, parallel));
   prepare_bank_cpu(known.rows, rotation, parallel, memory.get(), prepared.mutable_data_ptr());
   return prepared;
 }
@@ -308,10 +337,10 @@ std::tuple<Tensor, Tensor> nearest_neighbors(const Tensor& queries, const Tensor
   int64_t* rows = static_cast<int64_t*>(indices.mutable_data_ptr());
   Status status = Status::kOk;
   if (codes != nullptr) {
-    const auto memory = workspace(filtered_neighbors_workspace_bytes(asked.rows, known.rows, codes, k, parallel));
+    const Workspace memory(filtered_neighbors_workspace_bytes(asked.rows, known.rows, codes, k, parallel));
     status = filtered_neighbors_cpu(asked.rows, known.rows, codes, k, {}, parallel, memory.get(), values, rows, nullptr);
   } else {
-    const auto memory = workspace(nearest_neighbors_workspace_bytes(asked.rows, known.rows, k, parallel));
+    const Workspace memory(nearest_neighbors_workspace_bytes(asked.rows, known.rows, k, parallel));
     status = nearest_neighbors_cpu(asked.rows, known.rows, k, parallel, memory.get(), values, rows);
   }
   if (status != Status::kOk) explain_nonfinite(op, {{"queries", &asked.rows}, {"bank", &known.rows}});
@@ -345,7 +374,7 @@ Tensor image_scores(const Tensor& squared_distances, const Tensor& nearest_indic
   }
   const void* codes = prepared_memory(prepared, known.rows, op);
   const Parallel parallel = torch_threads(batch * known.rows.count * known.rows.dim);
-  const auto memory = workspace(image_scores_workspace_bytes(asked.rows, known.rows, codes, num_neighbors, parallel));
+  const Workspace memory(image_scores_workspace_bytes(asked.rows, known.rows, codes, num_neighbors, parallel));
   Tensor scores = empty({batch}, ScalarType::Float);
   const Status status = image_scores_cpu(static_cast<const double*>(squared_distances.const_data_ptr()), nearest, asked.rows, known.rows, codes,
                                          batch, num_patches, num_neighbors, parallel, memory.get(), static_cast<float*>(scores.mutable_data_ptr()));

@@ -54,9 +54,10 @@ PreparedBank lay_out(const Header& header, Pieces* pieces) {
     bank.places = pieces->take<int32_t>(header.count);
     bank.second.view = header.second;
     bank.second.words = header.second.words(header.dim);
-    bank.second.codes = pieces->take<int8_t>(header.count * 4 * bank.second.words);
-    bank.second.offsets = pieces->take<int32_t>(header.count);
-    bank.second.residuals = pieces->take<float>(header.count);
+    const int64_t padded = tiles_of(header.count) * kTileOperands;  // so that no place in the tiles lies outside, whatever `start` says
+    bank.second.codes = pieces->take<int8_t>(padded * 4 * bank.second.words);
+    bank.second.offsets = pieces->take<int32_t>(padded);
+    bank.second.residuals = pieces->take<float>(padded);
     bank.second.largest_residual = header.largest_residual;
   }
   return bank;
@@ -133,7 +134,7 @@ struct Packer {
       for (int64_t i = 0; i < count; ++i) which[i] = static_cast<int32_t>((begin + i) * step);
       Encoder encoder(bank.projection, memory.encoder);
       const FloatRows block = gather(rows, which, count, memory);
-      encoder.take(block, count);
+      encoder.take(block, count, true);
       for (int64_t i = 0; i < count; ++i) visit(encoder, block.data + i * block.stride, begin + i, i);
     }
     return total;
@@ -178,7 +179,7 @@ struct Packer {
       const Share share = share_of(tiles_of(rows.count), s, parallel.num_slots);
       for (int64_t tile = share.begin; tile < share.end; ++tile) {
         const int64_t begin = tile * kTileOperands, count = std::min(kTileOperands, rows.count - begin);
-        encoder.take(gather(rows, bank.order + begin, count, memory), count);
+        encoder.take(gather(rows, bank.order + begin, count, memory), count, true);
         visit(encoder, memory, tile, count);
       }
     });

@@ -1,7 +1,7 @@
 // The prepared bank: int8 copies of a memory bank, laid out for the search (knn.h). Built once, then only read.
 //
-// Tiles hold 64 bank rows each, in `order`: first a few tiles, then twice as many, and so on (kChunk...), each such chunk sorted by residual, so that
-// the largest residual of a tile is not much larger than the others.
+// Tiles hold 64 bank rows each, in `order`. The order is best one that puts rows together that lie together: then what the scan leaves of a query
+// comes in runs, and the second codes of a run lie side by side.
 #pragma once
 
 #include "cpu/encoder.h"

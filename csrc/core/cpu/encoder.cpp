@@ -19,12 +19,12 @@ EncoderMemory encoder_memory(int64_t dim, int64_t outputs, Pieces* pieces) {
   return memory;
 }
 
-bool Encoder::take(const FloatRows& rows, int64_t count) {
+bool Encoder::take(const FloatRows& rows, int64_t count, bool project) {
   rows_ = rows;
   const int64_t dim = projection_.dim, outputs = projection_.outputs, pairs = pairs_of(dim);
   bool finite = true;
   for (int64_t r = 0; r < count; ++r) finite &= all_finite(rows.data + r * rows.stride, dim);
-  if (outputs == 0) return finite;
+  if (!project || outputs == 0) return finite;
   const double most = largest_step(dim);
   for (int64_t r = 0; r < count; ++r) {
     int16_t* steps = memory_.steps + r * 2 * pairs;

@@ -56,8 +56,9 @@ class Encoder {
  public:
   Encoder(const IntegerProjection& projection, const EncoderMemory& memory) : projection_(projection), memory_(memory) {}
 
-  // Takes `count` <= kBlockQueries rows, which must stay where they are. False when a value is not finite.
-  bool take(const FloatRows& rows, int64_t count);
+  // Takes `count` <= kBlockQueries rows, which must stay where they are, and projects them if asked to: views with outputs need that. False when a
+  // value is not finite.
+  bool take(const FloatRows& rows, int64_t count, bool project);
 
   // Coordinates of row r in a view, and what their error adds to the residual, both in steps (or units).
   const double* coordinates(const View& view, int64_t r, double* error) const;

@@ -21,9 +21,9 @@ struct SearchMemory {
   uint8_t* scanned_codes;  // [kBlockQueries, 4 * words] in the view that is scanned
   uint8_t* second_codes;   // [kBlockQueries, 4 * words]
   uint64_t* masks;         // [kBlockQueries, kMaskStride], bits of the rows that the scan leaves of each tile
-  int32_t* left;           // [kChunkTiles * 64 + 4], bank rows that are left for a query
+  int32_t* left;           // [kChunkTiles * 64 + 4], places in the tiles that are left for a query
   int32_t* dots;           // [kChunkTiles * 64]
-  int64_t* keys;           // [kChunkTiles * 64]
+  int64_t* keys;           // [kChunkTiles * 64], squared distance of second codes * 2^32 + place
   Neighbor* neighbors;     // [block_queries(k), k]
 };
 
