@@ -258,7 +258,7 @@ bool Packer::prefix_pays(Pieces* memory) const {
   for (int64_t i = 0; i < kAsked; ++i) which[i] = static_cast<int32_t>(i * rows.count / kAsked);
   BlockSearch block(rows, bank, kNeighbors, options, search);
   block.search(gather(rows, which, kAsked, gathered), kAsked, nullptr);
-  return block.prefix_pays(block.statistics().survivors, block.statistics().pairs);
+  return block.prefix_pays(block.statistics());
 }
 
 // Matrix [outputs, dim] as the tiles of IntegerProjection.

@@ -40,8 +40,8 @@ class BlockSearch {
 
   const SearchStatistics& statistics() const { return statistics_; }
 
-  // Whether scanning the prefix is cheaper than scanning all coordinates when it leaves so many of so many pairs.
-  bool prefix_pays(int64_t survivors, int64_t pairs) const;
+  // Whether scanning the prefix is cheaper than scanning all coordinates, given what it left.
+  bool prefix_pays(const SearchStatistics& found) const;
 
  private:
   int64_t gather_seeds(int64_t q, const int64_t* above, int64_t count);
