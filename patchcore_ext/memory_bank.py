@@ -158,7 +158,10 @@ class MemoryBank:
         }
         text = _canonical_json(header)
         with atomic_write(path) as temporary:
-            save_file(stored, temporary, metadata={_HEADER_KEY: text})
+            try:
+                save_file(stored, temporary, metadata={_HEADER_KEY: text})
+            except SafetensorError as error:  # a full disk, for one
+                raise OSError(f"Cannot write {os.fspath(path)!r}: {error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> MemoryBank:

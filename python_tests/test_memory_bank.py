@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -320,3 +322,21 @@ def test_atomic_write_replaces_at_the_end(tmp_path: Path) -> None:
         assert temporary.parent == tmp_path
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_that_fails_is_an_os_error_that_names_the_file(tmp_path: Path) -> None:
+    """Safetensors reports a full disk as an error of its own, which once ended the command line with a traceback; a limit on file sizes does the same."""
+    path = tmp_path / "bank.safetensors"
+    script = f"""
+import resource, signal, torch
+from patchcore_ext import MemoryBank
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+try:
+    MemoryBank(torch.zeros(4096, 8)).save({str(path)!r})
+except OSError as error:
+    print(error)
+"""
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert process.stdout.startswith(f"Cannot write {str(path)!r}: ")
+    assert list(tmp_path.iterdir()) == []
