@@ -79,7 +79,7 @@ Header header_of(const Rows& bank, const BankRotation& rotation) {
 // One slot's memory while packing.
 struct Slot {
   EncoderMemory encoder;
-  float* widened;  // [kBlockQueries, dim]
+  float* widened;  // [dim]
   float* rows;     // [kBlockQueries, dim], gathered
   uint8_t* codes;  // of one row
 };
@@ -123,7 +123,7 @@ struct Packer {
     return slot_at(rows, bank.projection.outputs, &pieces);
   }
 
-  // Calls visit(encoder, r) for the rows of a sample, in blocks.
+  // Calls visit(encoder, row, index in the sample, index in the encoder's block) for the rows of a sample; returns their number.
   template <class F>
   int64_t sample_rows(F&& visit) const {
     const Slot memory = slot(0);
@@ -170,7 +170,7 @@ struct Packer {
     view->codes_per_unit = view->outputs == 0 ? view->scale : inflate(view->scale * header->step_scale, 1);
   }
 
-  // Encodes all rows in `order`, and calls visit(encoder, place, i) for each.
+  // Calls visit(encoder, memory, tile, rows in it) for each tile, whose rows the encoder then holds.
   template <class F>
   void encode_all(F&& visit) const {
     parallel([&](int64_t s) {

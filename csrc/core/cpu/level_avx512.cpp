@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "cpu/dispatch.h"
+#include "cpu/level_avx2.h"
 
 // Everything below is compiled for AVX-512; no function of a header may be instantiated here, or the linker could keep this copy for every processor.
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of its own intrinsics (GCC bug 105593)
@@ -286,24 +287,6 @@ double round_to_steps(const float* x, const double* center, int64_t count, doubl
   return _mm512_reduce_add_pd(squares);
 }
 
-// Four at a time without asking how many are left: a mispredicted branch costs more than a store too many.
-int64_t take_marked(const uint64_t* words, int64_t count, int32_t first, int32_t* found) {
-  int64_t taken = 0;
-  for (int64_t m = 0; m < count; ++m) {
-    uint64_t left = words[m];
-    if (left == 0) continue;
-    const int64_t marked = __builtin_popcountll(left);
-    for (int64_t i = 0; i < marked; i += 4) {
-      for (int64_t l = 0; l < 4; ++l) {
-        found[taken + i + l] = first + static_cast<int32_t>(64 * m + static_cast<int64_t>(_tzcnt_u64(left)));
-        left = _blsr_u64(left);
-      }
-    }
-    taken += marked;
-  }
-  return taken;
-}
-
 float squared_difference(const float* a, const float* b, int64_t dim) {
   __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
   int64_t j = 0;
@@ -325,7 +308,7 @@ float squared_difference(const float* a, const float* b, int64_t dim) {
 
 const Level kAvx512Level = {"avx512",       squared_distances, float16_to_float,  bfloat16_to_float, scan_rows,       scan_tile,
                             dots,           int8_floors,       first_largest,     quantize,          multiply_matrix, multiply_int16,
-                            round_to_steps, take_marked,       squared_difference};
+                            round_to_steps, avx2::take_marked, squared_difference};
 
 }  // namespace patchcore
 
