@@ -12,8 +12,6 @@
 
 namespace patchcore {
 
-constexpr double kPicked = -1.0;
-
 // Bytes of workspace for the two functions below.
 int64_t coreset_workspace_bytes(const Rows& rows, const Parallel& parallel);
 

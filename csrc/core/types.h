@@ -23,6 +23,9 @@ enum class Status : int32_t { kOk, kNonFinite };
 // Limits. Row indices are int64 everywhere; the filters (filter.h) pack them into 32 bits, so kernels take at most 2^31 - 1 rows.
 constexpr int64_t kMaxRows = INT32_MAX;
 
+// A row's squared distance to its nearest centre once it is a centre itself (coreset.h).
+constexpr double kPicked = -1.0;
+
 // Rows that a kernel handles at a time: distances of one block stay in the first-level cache.
 constexpr int64_t kBlockRows = 256;
 

@@ -1,0 +1,153 @@
+// The greedy loop among candidates, in parallel rounds instead of pick by pick. One block.
+//
+// Given: candidates with keys k_i (their squared distance to the picks so far), the best key outside, `excluded`, and for every pair with
+// d2(i, j) < max(k_i, k_j) an edge. "Before" is the order of picks: the larger key, the lower row among equals. The sequential loop picks the first
+// candidate in that order, lowers the other keys to min(key, d2), and goes on while the first one comes before `excluded`.
+//
+// A round: an open candidate i with its current key c_i is SAFE when no open j that comes before it has d2(i, j) < c_i. All safe ones are picked
+// together; then each lowers its open neighbours that come after it; then whoever does not come before `excluded` any more is out. The accepted ones,
+// sorted by (value, row), are the sequential picks, with their values. Why:
+//
+//  1. Keys only fall, so the sequential picks come in the order of their values: sorting restores the sequence.
+//  2. A safe i is picked with the value c_i. Suppose the sequence lowers it further before its turn; let j be the first open one that does:
+//     d2(i, j) < c_i, and j is picked before i. At that moment i's key is still c_i (j is the first to lower it), so j's value v_j comes before
+//     (c_i, i). Keys fall: c_j >= v_j, so (c_j, j) comes before (c_i, i) too, and i was not safe.
+//  3. A resolved pick r, of value v_r, matters to an open j only if (v_r, r) comes before (c_j, j). If j comes before r, then d2(r, j) >= v_r, or r
+//     would not have been safe; should j fall behind r later, its key is then at most v_r <= d2(r, j): skipping it once is skipping it for good. So
+//     each pick lowers its neighbours once, in the round it is made in, and minima commute: no order of the edges matters.
+//  4. Who does not come before `excluded` never will, and lowers nobody who does: it comes after them.
+//  5. The first open candidate is always safe: every round makes progress.
+//  6. A pair with d2 >= max(k_i, k_j) changes neither, as keys only fall: no edge is missing.
+#pragma once
+
+#include "common.cuh"
+
+namespace patchcore::cuda {
+
+constexpr int kChainThreads = 1024;
+
+struct Edge {
+  int32_t i, j;  // places among the candidates
+  double distance;
+};
+
+enum CandidateState : uint8_t { kOpen, kSafe, kTaken, kOut };
+
+// Shared memory of the block. Keys are the bits of squared distances, which are ordered like them.
+struct Chain {
+  unsigned long long* keys;  // [candidates]
+  int32_t* rows;             // [candidates]
+  int32_t* accepted;         // [candidates] places
+  uint8_t* states;           // [candidates]
+  uint8_t* blocked;          // [candidates]
+  int32_t* counters;         // [2]: open candidates are left; accepted
+};
+
+constexpr int chain_bytes(int candidates) { return candidates * (8 + 4 + 4 + 1 + 1) + 16; }
+
+__device__ __forceinline__ Chain chain_at(char* shared, int candidates) {
+  Chain chain;
+  chain.keys = reinterpret_cast<unsigned long long*>(shared);
+  chain.rows = reinterpret_cast<int32_t*>(chain.keys + candidates);
+  chain.accepted = chain.rows + candidates;
+  chain.counters = chain.accepted + candidates;
+  chain.states = reinterpret_cast<uint8_t*>(chain.counters + 4);
+  chain.blocked = chain.states + candidates;
+  return chain;
+}
+
+__device__ __forceinline__ unsigned long long bits_of(double value) { return static_cast<unsigned long long>(__double_as_longlong(value)); }
+__device__ __forceinline__ double value_of(unsigned long long bits) { return __longlong_as_double(static_cast<long long>(bits)); }
+__device__ __forceinline__ bool before(unsigned long long key_a, int32_t row_a, unsigned long long key_b, int32_t row_b) {
+  return key_a > key_b || (key_a == key_b && row_a < row_b);
+}
+
+__device__ __forceinline__ void load_chain(const Chain& chain, const double* keys, const int32_t* rows, int count) {
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kChainThreads) {
+    chain.keys[i] = bits_of(keys[i]);
+    chain.rows[i] = rows[i];
+    chain.states[i] = kOpen;
+  }
+  if (threadIdx.x < 2) chain.counters[threadIdx.x] = 0;
+  __syncthreads();
+}
+
+// Lists the accepted candidates: returns their number, to all threads.
+__device__ __forceinline__ int list_accepted(const Chain& chain, int count) {
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kChainThreads) {
+    if (chain.states[i] == kTaken) chain.accepted[atomicAdd(&chain.counters[1], 1)] = i;
+  }
+  __syncthreads();
+  return chain.counters[1];
+}
+
+__device__ __forceinline__ int run_chain(const Chain& chain, int count, double excluded, int32_t excluded_row, const Edge* edges, int num_edges) {
+  const int thread = static_cast<int>(threadIdx.x);
+  // A picked row's mark, -1, says that there is none outside: 0 with no row, which everything comes before.
+  const unsigned long long limit = excluded < 0 ? 0 : bits_of(excluded);
+  for (;;) {
+    for (int i = thread; i < count; i += kChainThreads) {
+      chain.blocked[i] = 0;
+      if (chain.states[i] == kSafe) chain.states[i] = kTaken;
+      if (chain.states[i] != kOpen) continue;
+      if (before(chain.keys[i], chain.rows[i], limit, excluded_row))
+        chain.counters[0] = 1;
+      else
+        chain.states[i] = kOut;
+    }
+    __syncthreads();
+    const bool open = chain.counters[0] != 0;
+    if (!open) break;  // in all threads alike
+    for (int e = thread; e < num_edges; e += kChainThreads) {
+      const Edge edge = edges[e];
+      if (chain.states[edge.i] != kOpen || chain.states[edge.j] != kOpen) continue;
+      const bool first = before(chain.keys[edge.i], chain.rows[edge.i], chain.keys[edge.j], chain.rows[edge.j]);
+      const int later = first ? edge.j : edge.i;
+      if (bits_of(edge.distance) < chain.keys[later]) chain.blocked[later] = 1;  // the earlier of the two could still lower it
+    }
+    __syncthreads();
+    if (thread == 0) chain.counters[0] = 0;
+    for (int i = thread; i < count; i += kChainThreads) {
+      if (chain.states[i] == kOpen && chain.blocked[i] == 0) chain.states[i] = kSafe;
+    }
+    __syncthreads();
+    for (int e = thread; e < num_edges; e += kChainThreads) {
+      const Edge edge = edges[e];
+      const bool picks_i = chain.states[edge.i] == kSafe && chain.states[edge.j] == kOpen;
+      const bool picks_j = chain.states[edge.j] == kSafe && chain.states[edge.i] == kOpen;
+      if (!picks_i && !picks_j) continue;
+      const int pick = picks_i ? edge.i : edge.j, other = picks_i ? edge.j : edge.i;
+      // The key of a safe one does not change in this loop; that of the open one may be lowered by others meanwhile, which changes nothing (point 3).
+      if (before(chain.keys[pick], chain.rows[pick], chain.keys[other], chain.rows[other])) atomicMin(&chain.keys[other], bits_of(edge.distance));
+    }
+    __syncthreads();
+  }
+  return list_accepted(chain, count);
+}
+
+// The first candidate alone: what is always right, whatever the edges.
+__device__ __forceinline__ int accept_first(const Chain& chain, int count) {
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kChainThreads) {
+    bool first = true;
+    for (int j = 0; j < count && first; ++j) first = j == i || before(chain.keys[i], chain.rows[i], chain.keys[j], chain.rows[j]);
+    if (first) chain.states[i] = kTaken;
+  }
+  __syncthreads();
+  return list_accepted(chain, count);
+}
+
+// Calls take(rank, value, row) for every accepted candidate, in any order.
+template <class Take>
+__device__ __forceinline__ void rank_accepted(const Chain& chain, int accepted, Take&& take) {
+  for (int a = static_cast<int>(threadIdx.x); a < accepted; a += kChainThreads) {
+    const int i = chain.accepted[a];
+    int rank = 0;
+    for (int b = 0; b < accepted; ++b) {
+      const int j = chain.accepted[b];
+      rank += before(chain.keys[j], chain.rows[j], chain.keys[i], chain.rows[i]);
+    }
+    take(rank, value_of(chain.keys[i]), chain.rows[i]);
+  }
+}
+
+}  // namespace patchcore::cuda

@@ -1,0 +1,245 @@
+// The certified filter: which pairs of rows of A and rows of B can a decision depend on? (filter.h has the proofs of all bounds.)
+//
+// A block scans the tiles of its share of B for its 128 rows of A (tile_scan.cuh). A pair whose integer product reaches its row's floor survives, as
+// a bit in shared memory: a fixed size, so nothing can overflow. Every kGroup tiles the survivors are looked at: a warp owns a row, its two halves
+// take a survivor each. Where the first comparison was by a prefix, the codes of all coordinates are compared next; what is left gets its canonical
+// distance, and the policy decides. A row's state has one owner at any time, so there are no atomics on distances, and results do not depend on the
+// order of blocks, warps or tiles.
+//
+// A policy is what the survivors are for:
+//   kStrict                                   whether only smaller distances count (update_reach) or equal ones too (search_reach)
+//   key(row)                                  the squared distance to beat; negative: the row wants nothing; infinity: everything survives
+//   wants(row, place)                         whether a pair is worth a look at all
+//   offer(row, key, place, other, distance)   takes a pair with its canonical distance, in all 32 lanes; returns the row's new key
+#pragma once
+
+#include "codes.cuh"
+#include "tile_scan.cuh"
+
+namespace patchcore::cuda {
+
+constexpr int kGroup = 4;                         // tiles between two looks at the survivors
+constexpr int kTileWords = kTileColumns / 32;     // words of survivor bits of a row and tile
+constexpr int kGroupWords = kGroup * kTileWords;  // at most 32: a lane reads a word
+static_assert(kGroupWords <= kWarp);
+
+// One side of the comparison: codes that are scanned, and where there are others, those that are looked up.
+struct FilterSide {
+  CodeRows first;
+  CodeRows full;  // depth 0: `first` are all coordinates
+  Rows rows;
+  const int32_t* order;  // the row of `rows` behind each row of codes; null: the same
+  __device__ int32_t row_of(int64_t place) const { return order == nullptr ? static_cast<int32_t>(place) : order[place]; }
+};
+
+// A plan is tried before it is used: the kernel of a plan runs only if the evidence speaks for it.
+struct Evidence {
+  const unsigned long long* survivors;  // null: run
+  unsigned long long limit;
+  bool below;  // run when survivors <= limit, or when they are more
+  __device__ bool speaks_against() const { return survivors != nullptr && (*survivors <= limit) != below; }
+};
+
+struct FilterArguments {
+  FilterSide a, b;
+  const double* first_per_unit;  // S of the first codes
+  const double* full_per_unit;   // S of the full codes
+  int64_t count_a, count_b;
+  const int32_t* device_count_a;  // where the counts are known on the device only; null: as above
+  const int32_t* device_count_b;
+  double slack;
+  int tiles_per_split;
+  Evidence evidence;
+  unsigned long long* canonical;  // counts canonical distances, for tests and benchmarks; may be null
+};
+
+// Shared memory of the filter behind that of the scan.
+struct RowState {
+  double* keys;         // [kTileRows]
+  int32_t* floors;      // [kTileRows]
+  uint32_t* survivors;  // [kTileRows, kGroupWords]
+  int32_t* any;
+};
+
+constexpr int kRowStateBytes = kTileRows * (8 + 4 + 4 * kGroupWords) + 16;
+
+__device__ __forceinline__ RowState row_state_at(char* shared) {
+  RowState state;
+  state.keys = reinterpret_cast<double*>(shared);
+  state.floors = reinterpret_cast<int32_t*>(state.keys + kTileRows);
+  state.survivors = reinterpret_cast<uint32_t*>(state.floors + kTileRows);
+  state.any = reinterpret_cast<int32_t*>(state.survivors + kTileRows * kGroupWords);
+  return state;
+}
+
+template <class S>
+constexpr int filter_shared_bytes() {
+  return S::kSharedBytes + kRowStateBytes;
+}
+
+template <bool kStrict>
+__device__ __forceinline__ double reach_of(double key, float residual, double per_unit, double slack) {
+  return kStrict ? update_reach(key, 0, residual, per_unit, slack) : search_reach(key, 0, residual, per_unit, slack);
+}
+
+template <bool kStrict>
+__device__ __forceinline__ int32_t floor_of(double key, float residual, int32_t norm, float tile_residual, double per_unit, double slack) {
+  return int8_floor(norm, int8_skip_limit(reach_of<kStrict>(key, residual, per_unit, slack), tile_residual));
+}
+
+// The dot product of two rows of codes by 16 lanes, 16 bytes at a time; all 16 get it. All 32 lanes must call.
+__device__ __forceinline__ int32_t half_warp_dot(const int8_t* a, const int8_t* b, int64_t depth) {
+  int32_t dot = 0;
+  for (int64_t j = lane_of_thread() % kLanes * 16; j < depth; j += kLanes * 16) {
+    const int4 x = *reinterpret_cast<const int4*>(a + j), y = *reinterpret_cast<const int4*>(b + j);
+    dot = __dp4a(x.x, y.x, dot);
+    dot = __dp4a(x.y, y.y, dot);
+    dot = __dp4a(x.z, y.z, dot);
+    dot = __dp4a(x.w, y.w, dot);
+  }
+  for (int width = kLanes / 2; width > 0; width /= 2) dot += __shfl_xor_sync(kAllLanes, dot, width, kLanes);
+  return dot;
+}
+
+// Looks at the survivors of a group of tiles, which begins at tile `tile` of B and goes on in steps of one. Not inlined: the sums of the scan are
+// dead here, so the call costs nothing and keeps the scan free of spills.
+template <class Policy>
+__device__ __noinline__ void look_at_survivors(const FilterArguments& p, const Policy& policy, const RowState& state, int64_t first_row, int tile,
+                                               float tile_residual) {
+  const int lane = lane_of_thread(), half = lane / kLanes;
+  const bool second = p.a.full.depth > 0;
+  for (int r = warp_of_thread(); r < kTileRows; r += kThreads / kWarp) {
+    uint32_t* words = state.survivors + r * kGroupWords;
+    const uint32_t own = lane < kGroupWords ? words[lane] : 0;
+    uint32_t live = __ballot_sync(kAllLanes, own != 0);
+    if (live == 0) continue;
+    if (own != 0) words[lane] = 0;
+    const int64_t row = first_row + r;
+    double key = state.keys[r];
+    double reach = second ? reach_of<Policy::kStrict>(key, p.a.full.residuals[row], *p.full_per_unit, p.slack) : 0;
+    unsigned long long canonical = 0;
+    for (; live != 0; live &= live - 1) {
+      const int w = __ffs(static_cast<int>(live)) - 1;
+      uint32_t bits = __shfl_sync(kAllLanes, own, w);
+      while (bits != 0) {
+        const int bit0 = __ffs(static_cast<int>(bits)) - 1;
+        bits &= bits - 1;
+        const bool two = bits != 0;
+        const int bit1 = two ? __ffs(static_cast<int>(bits)) - 1 : bit0;
+        bits &= bits - 1;  // of 0: stays 0
+        const int64_t place = static_cast<int64_t>(tile) * kTileColumns + w * 32 + (half == 0 ? bit0 : bit1);
+        bool alive = (half == 0 || two) && policy.wants(row, place);
+        if (second) {
+          const int32_t dot = half_warp_dot(p.a.full.codes + row * p.a.full.depth, p.b.full.codes + place * p.b.full.depth, p.a.full.depth);
+          alive = alive && int8_survives(p.a.full.norms[row], p.b.full.norms[place], dot, int8_skip_limit(reach, p.b.full.residuals[place]));
+        }
+        const uint32_t votes = __ballot_sync(kAllLanes, alive);
+        if (votes == 0) continue;
+        const int32_t other = p.b.row_of(place);
+        const double distance = half_warp_distance(p.a.rows, p.a.row_of(row), p.b.rows, other);
+        const double before = key;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          if ((votes >> (h * kLanes) & 1) == 0) continue;
+          ++canonical;
+          key = policy.offer(row, key, __shfl_sync(kAllLanes, static_cast<int32_t>(place), h * kLanes), __shfl_sync(kAllLanes, other, h * kLanes),
+                             __shfl_sync(kAllLanes, distance, h * kLanes));
+        }
+        if (second && key != before) reach = reach_of<Policy::kStrict>(key, p.a.full.residuals[row], *p.full_per_unit, p.slack);
+      }
+    }
+    if (lane != 0) continue;
+    if (key != state.keys[r]) {
+      state.keys[r] = key;
+      state.floors[r] = floor_of<Policy::kStrict>(key, p.a.first.residuals[row], p.a.first.norms[row], tile_residual, *p.first_per_unit, p.slack);
+    }
+    if (p.canonical != nullptr) atomicAdd(p.canonical, canonical);
+  }
+}
+
+// The block's share of B's tiles.
+__device__ __forceinline__ TileRange share_of_block(int64_t count_b, int tiles_per_split) {
+  const int tiles = static_cast<int>((count_b + kTileColumns - 1) / kTileColumns), first = static_cast<int>(blockIdx.y) * tiles_per_split;
+  const int left = tiles - first;
+  return {first, left < 0 ? 0 : left < tiles_per_split ? left : tiles_per_split, 1};
+}
+
+__device__ __forceinline__ float largest_residual(const float* tile_residuals, const TileRange& range) {
+  float most = 0;
+  for (int t = 0; t < range.count; ++t) {
+    const float residual = tile_residuals[range.first + t * range.step];
+    most = residual <= most ? most : residual;  // NaN stays NaN
+    if (!(most == most)) return most;
+  }
+  return most;
+}
+
+// Sets up the keys and floors of the block's rows. The caller puts a barrier behind it (the scan's first one will do).
+template <class Policy>
+__device__ __forceinline__ void start_rows(const FilterArguments& p, int64_t count_a, const Policy& policy, const RowState& state, int64_t first_row,
+                                           float tile_residual) {
+  for (int r = static_cast<int>(threadIdx.x); r < kTileRows; r += kThreads) {
+    const int64_t row = first_row + r;
+    const double key = row < count_a ? policy.key(row) : -1.0;
+    state.keys[r] = key;
+    state.floors[r] = row < count_a
+                          ? floor_of<Policy::kStrict>(key, p.a.first.residuals[row], p.a.first.norms[row], tile_residual, *p.first_per_unit, p.slack)
+                          : INT32_MAX;
+  }
+  for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kGroupWords; i += kThreads) state.survivors[i] = 0;
+  if (threadIdx.x == 0) *state.any = 0;
+}
+
+// Sets the survivors' bits of one tile; word: where the tile's words begin in a row's.
+template <class S>
+__device__ __forceinline__ void mark_survivors(const typename S::Sums& sums, const RowState& state, int word) {
+#pragma unroll
+  for (int m = 0; m < S::kRowSteps; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = S::row_of(m, h), floor = state.floors[row];
+      int most = sums[m][0][h * 2];
+#pragma unroll
+      for (int n = 0; n < S::kColumnSteps; ++n) {
+        most = most > sums[m][n][h * 2] ? most : sums[m][n][h * 2];
+        most = most > sums[m][n][h * 2 + 1] ? most : sums[m][n][h * 2 + 1];
+      }
+      if (most < floor) continue;
+#pragma unroll
+      for (int w = 0; w < S::kWarpColumns / 32; ++w) {
+        uint32_t bits = 0;
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) bits |= static_cast<uint32_t>(sums[m][w * 4 + n][h * 2 + e] >= floor) << (S::column_of(w * 4 + n, e) % 32);
+        if (bits != 0) atomicOr(&state.survivors[row * kGroupWords + word + S::column_of(w * 4, 0) / 32], bits);
+      }
+      *state.any = 1;  // all who write write the same
+    }
+}
+
+// The filter of a block; the policy's state is left as the block's share of B leaves it.
+template <class S, class Policy>
+__device__ __forceinline__ void filter_block(const FilterArguments& p, const Policy& policy, char* shared) {
+  const int64_t count_a = p.device_count_a == nullptr ? p.count_a : *p.device_count_a;
+  const int64_t count_b = p.device_count_b == nullptr ? p.count_b : *p.device_count_b;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTileRows;
+  const TileRange range = share_of_block(count_b, p.tiles_per_split);
+  if (first_row >= count_a || range.count == 0) return;  // the whole block
+  const RowState state = row_state_at(shared + S::kSharedBytes);
+  const float tile_residual = largest_residual(p.b.first.tile_residuals, range);
+  start_rows(p, count_a, policy, state, first_row, tile_residual);
+  const ScanOperands operands = {p.a.first.codes, p.b.first.codes, p.b.first.starts, p.a.first.depth};
+  scan_tiles<S>(operands, shared, first_row, range, [&](const typename S::Sums& sums, int tile) {
+    const int index = tile - range.first;
+    mark_survivors<S>(sums, state, index % kGroup * kTileWords);
+    if (index % kGroup != kGroup - 1 && index != range.count - 1) return;
+    __syncthreads();              // all bits of the group are set
+    if (*state.any == 0) return;  // in all threads alike
+    look_at_survivors(p, policy, state, first_row, tile - index % kGroup, tile_residual);
+    __syncthreads();                       // floors are lowered and bits cleared; everybody has read `any`
+    if (threadIdx.x == 0) *state.any = 0;  // written again after the next chunk's barrier
+  });
+}
+
+}  // namespace patchcore::cuda

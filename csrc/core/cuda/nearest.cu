@@ -1,0 +1,585 @@
+// Exact nearest neighbours. A search is: encode the queries; find a near bank row of each by the seed codes; know the distances of the k places
+// around it, whose largest is a bound; filter the bank by the prefix, or where the prefix is of no use by all coordinates; merge.
+#include "nearest.cuh"
+
+namespace patchcore::cuda {
+
+namespace {
+
+constexpr int kMostSplits = kWarp - 1;  // a lane of the merge takes a list, one is the seeds'
+constexpr int64_t kMostListBytes = int64_t{256} << 20;
+constexpr int64_t kMostQueries = 32768;  // at a time
+constexpr int kTrialBlocks = 8, kTrialTiles = 8;
+constexpr int kPrefixPays = 32;  // the prefix is used when it leaves at most one pair in so many: a survivor costs about as much as so many products
+constexpr int kSparseSeeds = 4;  // without seed codes, one tile in so many is scanned for a near row
+
+// ---- Sorted lists
+// -----------------------------------------------------------------------------------------------------------------------------------
+
+// Puts (distance, row) into a sorted list of k, whose last entry falls out. By a warp, 32 entries at a time from the end; the new entry must come
+// before the last one.
+__device__ __forceinline__ void insert(double* distances, int32_t* rows, int64_t k, double distance, int32_t row) {
+  const int lane = lane_of_thread();
+  for (int64_t begin = (k - 1) / kWarp * kWarp;; begin -= kWarp) {
+    const int64_t at = begin + lane;
+    const bool inside = at < k;
+    const double held = inside ? distances[at] : 0;
+    const int32_t held_row = inside ? rows[at] : 0;
+    const bool behind = inside && nearer(distance, row, held, held_row);
+    __syncwarp();  // all have read
+    if (behind && at + 1 < k) {
+      distances[at + 1] = held;
+      rows[at + 1] = held_row;
+    }
+    const uint32_t ahead = __ballot_sync(kAllLanes, inside && !behind);
+    if (ahead != 0 || begin == 0) {
+      const int64_t place = begin + __popc(ahead);
+      __syncwarp();  // the entry that lay there has moved
+      if (lane == 0) {
+        distances[place] = distance;
+        rows[place] = row;
+      }
+      __syncwarp();
+      return;
+    }
+  }
+}
+
+// ---- Seeds
+// ------------------------------------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ unsigned long long near_code(int sum, int64_t place) {
+  return static_cast<unsigned long long>(static_cast<uint32_t>(sum) ^ 0x80000000u) << 32 | static_cast<uint32_t>(place);
+}
+
+// The bank row with the largest a . b - n_b / 2 by codes, that is the nearest one, in each share of the bank.
+template <class S>
+__global__ void __launch_bounds__(kThreads, 2) near_codes_kernel(const ScanOperands operands, int64_t num_places, int64_t chunk, int tiles_per_split,
+                                                                 int tile_step, unsigned long long* near_codes) {
+  PATCHCORE_DYNAMIC_SHARED(shared);
+  auto* best = reinterpret_cast<unsigned long long*>(shared + S::kSharedBytes);  // [kTileRows]
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTileRows;
+  TileRange range = share_of_block(num_places, tiles_per_split);
+  range = {range.first, (range.count + tile_step - 1) / tile_step, tile_step};
+  if (threadIdx.x < kTileRows) best[threadIdx.x] = 0;
+  int most[S::kRowSteps][2];
+#pragma unroll
+  for (int m = 0; m < S::kRowSteps; ++m) most[m][0] = most[m][1] = INT32_MIN;
+  scan_tiles<S>(operands, shared, first_row, range, [&](const typename S::Sums& sums, int tile) {
+#pragma unroll
+    for (int m = 0; m < S::kRowSteps; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        int largest = sums[m][0][h * 2];
+#pragma unroll
+        for (int n = 0; n < S::kColumnSteps; ++n) {
+          largest = largest > sums[m][n][h * 2] ? largest : sums[m][n][h * 2];
+          largest = largest > sums[m][n][h * 2 + 1] ? largest : sums[m][n][h * 2 + 1];
+        }
+        if (largest <= most[m][h]) continue;
+        most[m][h] = largest;
+        int column = 0;
+#pragma unroll
+        for (int n = 0; n < S::kColumnSteps; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) column = sums[m][n][h * 2 + e] == largest ? S::column_of(n, e) : column;
+        atomicMax(&best[S::row_of(m, h)], near_code(largest, static_cast<int64_t>(tile) * kTileColumns + column));
+      }
+  });
+  __syncthreads();
+  if (threadIdx.x < kTileRows) near_codes[blockIdx.y * chunk + first_row + threadIdx.x] = best[threadIdx.x];
+}
+
+// The distances of the k places around each query's seed, sorted. A warp a query.
+__global__ void __launch_bounds__(kThreads) seed_runs_kernel(const Rows queries, const int32_t* map, int64_t count, const Rows bank,
+                                                             const int32_t* order, int64_t k, int64_t splits, const SearchMemory memory) {
+  const int64_t query = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + warp_of_thread();
+  if (query >= count) return;  // a whole warp
+  const int lane = lane_of_thread(), half = lane / kLanes;
+  unsigned long long best = lane < splits ? memory.near_codes[lane * memory.chunk + query] : 0;
+  for (int width = kWarp / 2; width > 0; width /= 2) {
+    const unsigned long long other = __shfl_xor_sync(kAllLanes, best, width);
+    best = other > best ? other : best;
+  }
+  int64_t begin = static_cast<int64_t>(best & 0xffffffffu) - k / 2;
+  begin = begin + k > bank.count ? bank.count - k : begin;
+  begin = begin < 0 ? 0 : begin;
+  double* distances = memory.list_distances + query * k;
+  int32_t* rows = memory.list_rows + query * k;
+  for (int64_t i = lane; i < k; i += kWarp) {
+    distances[i] = INFINITY;
+    rows[i] = kNoRow;
+  }
+  __syncwarp();
+  const int64_t row = map == nullptr ? query : map[query];
+  for (int64_t i = 0; i < k; i += 2) {
+    const int64_t place = begin + (half == 1 && i + 1 < k ? i + 1 : i);
+    const int32_t bank_row = order == nullptr ? static_cast<int32_t>(place) : order[place];
+    const double distance = half_warp_distance(queries, row, bank, bank_row);
+    for (int h = 0; h < 2 && i + h < k; ++h) {
+      const double offered = __shfl_sync(kAllLanes, distance, h * kLanes);
+      const int32_t offered_row = __shfl_sync(kAllLanes, bank_row, h * kLanes);
+      if (nearer(offered, offered_row, distances[k - 1], rows[k - 1])) {
+        __syncwarp();  // all have read the last one
+        insert(distances, rows, k, offered, offered_row);
+      }
+    }
+  }
+  if (lane != 0) return;
+  memory.seed_begin[query] = static_cast<int32_t>(begin);
+  memory.seed_keys[query] = distances[k - 1];
+  memory.seed_rows[query] = rows[k - 1];
+}
+
+// ---- The filter
+// -------------------------------------------------------------------------------------------------------------------------------------
+
+// filter.cuh's policy of a search. The list of a query and share begins empty; the seeds' run is a list of its own, whose last entry bounds them all.
+struct NearestPolicy {
+  static constexpr bool kStrict = false;  // a row as near as the last one comes first if its index is lower
+  int64_t k;
+  const int32_t* seed_begin;
+  const double* seed_keys;
+  const int32_t* seed_rows;
+  double* distances;  // [chunk, k], this share's
+  int32_t* rows;
+
+  __device__ double key(int64_t query) const { return seed_keys[query]; }
+  __device__ bool wants(int64_t query, int64_t place) const { return place < seed_begin[query] || place >= seed_begin[query] + k; }
+  __device__ double offer(int64_t query, double, int32_t, int32_t row, double distance) const {
+    double* list = distances + query * k;
+    int32_t* list_rows = rows + query * k;
+    double last = list[k - 1], bound = seed_keys[query];
+    int32_t last_row = list_rows[k - 1];
+    const int32_t bound_row = seed_rows[query];
+    if (nearer(distance, row, last, last_row) && nearer(distance, row, bound, bound_row)) {
+      __syncwarp();  // all have read the last one
+      insert(list, list_rows, k, distance, row);
+      last = list[k - 1];
+    }
+    return last < bound ? last : bound;
+  }
+};
+
+template <class S>
+__global__ void __launch_bounds__(kThreads, 2) nearest_kernel(const __grid_constant__ FilterArguments p, NearestPolicy policy, int64_t list_stride) {
+  PATCHCORE_DYNAMIC_SHARED(shared);
+  if (p.evidence.speaks_against()) return;
+  policy.distances += blockIdx.y * list_stride;
+  policy.rows += blockIdx.y * list_stride;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileRows * policy.k, end = p.count_a * policy.k;
+  for (int64_t i = first + threadIdx.x; i < first + kTileRows * policy.k && i < end; i += kThreads) {
+    policy.distances[i] = INFINITY;
+    policy.rows[i] = kNoRow;
+  }
+  filter_block<S>(p, policy, shared);
+}
+
+// Tries the prefix on a few tiles: *survivors += the pairs that it leaves.
+template <class S>
+__global__ void __launch_bounds__(kThreads, 2)
+    trial_kernel(const __grid_constant__ FilterArguments p, const NearestPolicy policy, const TileRange range, unsigned long long* survivors) {
+  PATCHCORE_DYNAMIC_SHARED(shared);
+  const RowState state = row_state_at(shared + S::kSharedBytes);
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTileRows;
+  start_rows(p, p.count_a, policy, state, first_row, largest_residual(p.b.first.tile_residuals, range));
+  unsigned long long found = 0;
+  const ScanOperands operands = {p.a.first.codes, p.b.first.codes, p.b.first.starts, p.a.first.depth};
+  scan_tiles<S>(operands, shared, first_row, range, [&](const typename S::Sums& sums, int) {
+    mark_survivors<S>(sums, state, 0);
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kTileWords; i += kThreads) {
+      uint32_t& word = state.survivors[i / kTileWords * kGroupWords + i % kTileWords];
+      found += static_cast<unsigned long long>(__popc(word));
+      word = 0;
+    }  // marked again after the next chunk's barrier
+  });
+  found = warp_sum(found);
+  if (lane_of_thread() == 0) atomicAdd(survivors, found);
+}
+
+// ---- The merge
+// --------------------------------------------------------------------------------------------------------------------------------------
+
+// Merges the sorted lists of each query: a warp a query, lane l holds the head of list l.
+__global__ void __launch_bounds__(kThreads)
+    merge_kernel(int64_t count, int64_t k, int64_t lists, int64_t list_stride, const double* list_distances, const int32_t* list_rows,
+                 const float* residuals, double* squared_distances, int64_t* indices) {
+  const int64_t query = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + warp_of_thread();
+  if (query >= count) return;
+  const int lane = lane_of_thread();
+  const bool finite = residuals[query] == residuals[query];
+  const double* distances = list_distances + lane * list_stride + query * k;
+  const int32_t* rows = list_rows + lane * list_stride + query * k;
+  int64_t head = 0;
+  const auto read = [&](double* distance, int32_t* row) {
+    const bool left = lane < lists && head < k;
+    *distance = left ? distances[head] : INFINITY;
+    *row = left ? rows[head] : kNoRow;
+  };
+  double distance;
+  int32_t row;
+  read(&distance, &row);
+  for (int64_t i = 0; i < k; ++i) {
+    double best = distance;
+    int32_t best_row = row;
+    for (int width = kWarp / 2; width > 0; width /= 2) {
+      const double other = __shfl_xor_sync(kAllLanes, best, width);
+      const int32_t other_row = __shfl_xor_sync(kAllLanes, best_row, width);
+      if (nearer(other, other_row, best, best_row)) {
+        best = other;
+        best_row = other_row;
+      }
+    }
+    const bool found = finite && best_row != kNoRow;
+    if (lane == 0) {
+      squared_distances[query * k + i] = found ? best : not_a_number();
+      indices[query * k + i] = found ? best_row : 0;
+    }
+    if (found && row == best_row) {  // a bank row is in one list only
+      ++head;
+      read(&distance, &row);
+    }
+  }
+}
+
+// ---- Host side
+// --------------------------------------------------------------------------------------------------------------------------------------
+
+// More than 48 KiB of shared memory must be asked for.
+template <class Kernel>
+cudaError_t allow_shared(Kernel* kernel, int bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
+int64_t multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
+  return count;
+}
+
+struct Split {
+  int64_t splits;
+  int tiles_per_split;
+};
+
+// Shares of the bank such that all blocks together fill the device twice.
+Split split_bank(int64_t count_a, int64_t places, int64_t most) {
+  const int64_t blocks = blocks_of(count_a, kTileRows), tiles = blocks_of(places, kTileColumns);
+  int64_t wanted = blocks_of(2 * multiprocessors(), blocks);
+  wanted = wanted < most ? wanted : most;
+  wanted = wanted < tiles ? wanted : tiles;
+  const int64_t each = blocks_of(tiles, wanted);
+  return {blocks_of(tiles, each), static_cast<int>(each)};
+}
+
+template <class S>
+cudaError_t find_near_codes(const CodeRows& queries, const CodeRows& bank, int64_t count, int64_t places, int tile_step, const Split& split,
+                            const SearchMemory& memory, cudaStream_t stream) {
+  constexpr int kBytes = S::kSharedBytes + kTileRows * 8;
+  PATCHCORE_CUDA_TRY(allow_shared(near_codes_kernel<S>, kBytes));
+  const ScanOperands operands = {queries.codes, bank.codes, bank.starts, bank.depth};
+  const dim3 grid(static_cast<unsigned>(blocks_of(count, kTileRows)), static_cast<unsigned>(split.splits));
+  PATCHCORE_LAUNCH((near_codes_kernel<S>), grid, dim3(kThreads), kBytes, stream, operands, places, memory.chunk, split.tiles_per_split, tile_step,
+                   memory.near_codes);
+  return cudaGetLastError();
+}
+
+template <class S>
+cudaError_t filter(const FilterArguments& arguments, const NearestPolicy& policy, int64_t list_stride, const Split& split, cudaStream_t stream) {
+  PATCHCORE_CUDA_TRY(allow_shared(nearest_kernel<S>, filter_shared_bytes<S>()));
+  const dim3 grid(static_cast<unsigned>(blocks_of(arguments.count_a, kTileRows)), static_cast<unsigned>(split.splits));
+  PATCHCORE_LAUNCH((nearest_kernel<S>), grid, dim3(kThreads), filter_shared_bytes<S>(), stream, arguments, policy, list_stride);
+  return cudaGetLastError();
+}
+
+cudaError_t filter_by_all(const FilterArguments& arguments, const NearestPolicy& policy, int64_t list_stride, const Split& split,
+                          cudaStream_t stream) {
+  return arguments.a.first.depth == 64 ? filter<Scan<64>>(arguments, policy, list_stride, split, stream)
+                                       : filter<Scan<0>>(arguments, policy, list_stride, split, stream);
+}
+
+// The filter by the prefix, by all coordinates, or whichever a trial speaks for.
+cudaError_t filter_bank(FilterArguments by_prefix, FilterArguments by_all, const NearestPolicy& policy, int prefix, const Split& split,
+                        const SearchMemory& memory, cudaStream_t stream) {
+  const int64_t stride = memory.chunk * policy.k;
+  if (by_prefix.a.first.depth == 0 || prefix < 0) return filter_by_all(by_all, policy, stride, split, stream);
+  if (prefix > 0) return filter<Scan<kPrefixDepth>>(by_prefix, policy, stride, split, stream);
+  using S = Scan<kPrefixDepth>;
+  const int tiles = static_cast<int>(blocks_of(by_prefix.count_b, kTileColumns)), tried = tiles < kTrialTiles ? tiles : kTrialTiles;
+  const int64_t all_blocks = blocks_of(by_prefix.count_a, kTileRows), blocks = all_blocks < kTrialBlocks ? all_blocks : kTrialBlocks;
+  const int64_t rows = by_prefix.count_a < blocks * kTileRows ? by_prefix.count_a : blocks * kTileRows;
+  PATCHCORE_CUDA_TRY(cudaMemsetAsync(memory.survivors, 0, sizeof(unsigned long long), stream));
+  PATCHCORE_CUDA_TRY(allow_shared(trial_kernel<S>, filter_shared_bytes<S>()));
+  PATCHCORE_LAUNCH((trial_kernel<S>), dim3(static_cast<unsigned>(blocks)), dim3(kThreads), filter_shared_bytes<S>(), stream, by_prefix, policy,
+                   TileRange{0, tried, tiles / tried}, memory.survivors);
+  PATCHCORE_CUDA_TRY(cudaGetLastError());
+  const auto limit = static_cast<unsigned long long>(rows * tried * kTileColumns / kPrefixPays);
+  by_prefix.evidence = {memory.survivors, limit, true};
+  by_all.evidence = {memory.survivors, limit, false};
+  PATCHCORE_CUDA_TRY(filter<S>(by_prefix, policy, stride, split, stream));
+  return filter_by_all(by_all, policy, stride, split, stream);
+}
+
+cudaError_t search_chunk(const Rows& queries, const int32_t* map, int64_t count, const Bank& bank, int64_t k, int prefix, const SearchMemory& memory,
+                         double* squared_distances, int64_t* indices, SearchCounters* counters, int32_t* flags, cudaStream_t stream) {
+  PATCHCORE_CUDA_TRY(encode_rows(queries, map, count, bank.encoding, memory.steps, memory.full, memory.seed, memory.prefix, flags, stream));
+  const int64_t places = bank.rows.count;
+  const Split split = split_bank(count, places, memory.splits);
+  PATCHCORE_CUDA_TRY(bank.with_prefixes()    ? find_near_codes<Scan<kSeedDepth>>(memory.seed, bank.seed, count, places, 1, split, memory, stream)
+                     : bank.full.depth == 64 ? find_near_codes<Scan<64>>(memory.full, bank.full, count, places, kSparseSeeds, split, memory, stream)
+                                             : find_near_codes<Scan<0>>(memory.full, bank.full, count, places, kSparseSeeds, split, memory, stream));
+  const dim3 warps(static_cast<unsigned>(blocks_of(count, kThreads / kWarp)));
+  PATCHCORE_LAUNCH((seed_runs_kernel), warps, dim3(kThreads), 0, stream, queries, map, count, bank.rows, bank.order, k, split.splits, memory);
+  PATCHCORE_CUDA_TRY(cudaGetLastError());
+  const int64_t stride = memory.chunk * k;
+  const NearestPolicy policy = {k, memory.seed_begin, memory.seed_keys, memory.seed_rows, memory.list_distances + stride, memory.list_rows + stride};
+  FilterArguments by_all = {};
+  by_all.a = {memory.full, CodeRows{}, queries, map};
+  by_all.b = {bank.full, CodeRows{}, bank.rows, bank.order};
+  by_all.first_per_unit = by_all.full_per_unit = &bank.encoding.scales->full.per_unit;
+  by_all.count_a = count;
+  by_all.count_b = places;
+  by_all.slack = canonical_slack(bank.rows.dim);
+  by_all.tiles_per_split = split.tiles_per_split;
+  by_all.canonical = counters == nullptr ? nullptr : &counters->canonical;
+  FilterArguments by_prefix = by_all;
+  by_prefix.a.first = memory.prefix;
+  by_prefix.a.full = memory.full;
+  by_prefix.b.first = bank.prefix;
+  by_prefix.b.full = bank.full;
+  by_prefix.first_per_unit = &bank.encoding.scales->prefix.per_unit;
+  PATCHCORE_CUDA_TRY(filter_bank(by_prefix, by_all, policy, prefix, split, memory, stream));
+  PATCHCORE_LAUNCH((merge_kernel), warps, dim3(kThreads), 0, stream, count, k, 1 + split.splits, stride, memory.list_distances, memory.list_rows,
+                   memory.full.residuals, squared_distances, indices);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+SearchMemory search_memory(int64_t num_queries, const Rows& bank, bool with_prefixes, int64_t k, Pieces* pieces) {
+  SearchMemory memory = {};
+  const int64_t fitting = kMostListBytes / (12 * 2 * k) / kTileRows * kTileRows;  // queries whose lists fit, the seeds' and one share's
+  int64_t chunk = num_queries < kMostQueries ? num_queries : kMostQueries;
+  chunk = chunk < fitting ? chunk : fitting;
+  memory.chunk = padded_rows(chunk);
+  const int64_t most = kMostListBytes / (12 * k * memory.chunk) - 1;
+  memory.splits = split_bank(memory.chunk, bank.count, most < 1 ? 1 : most < kMostSplits ? most : kMostSplits).splits;
+  memory.full = code_rows_at(memory.chunk, full_depth(bank.dim), pieces);
+  if (with_prefixes) {
+    memory.steps = step_rows_at(memory.chunk, bank.dim, pieces);
+    memory.seed = code_rows_at(memory.chunk, kSeedDepth, pieces);
+    memory.prefix = code_rows_at(memory.chunk, kPrefixDepth, pieces);
+  }
+  memory.near_codes = pieces->take<unsigned long long>(kMostSplits * memory.chunk);
+  memory.seed_begin = pieces->take<int32_t>(memory.chunk);
+  memory.seed_keys = pieces->take<double>(memory.chunk);
+  memory.seed_rows = pieces->take<int32_t>(memory.chunk);
+  memory.list_distances = pieces->take<double>((1 + memory.splits) * memory.chunk * k);
+  memory.list_rows = pieces->take<int32_t>((1 + memory.splits) * memory.chunk * k);
+  memory.survivors = pieces->take<unsigned long long>(1);
+  return memory;
+}
+
+cudaError_t search(const Rows& queries, const int32_t* map, int64_t count, const Bank& bank, int64_t k, int prefix, const SearchMemory& memory,
+                   double* squared_distances, int64_t* indices, SearchCounters* counters, int32_t* flags, cudaStream_t stream) {
+  for (int64_t begin = 0; begin < count; begin += memory.chunk) {
+    const int64_t now = count - begin < memory.chunk ? count - begin : memory.chunk;
+    Rows part = queries;
+    if (map == nullptr) {
+      const int64_t bytes = queries.type == ScalarType::kFloat32 ? 4 : 2;
+      part.data = static_cast<const char*>(queries.data) + begin * queries.stride * bytes;
+      part.count = now;
+    }
+    PATCHCORE_CUDA_TRY(search_chunk(part, map == nullptr ? nullptr : map + begin, now, bank, k, prefix, memory, squared_distances + begin * k,
+                                    indices + begin * k, counters, flags, stream));
+  }
+  return cudaSuccess;
+}
+
+// ---- All pairs
+// --------------------------------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// For rows too long for codes (filter.h, kMaxFilterDim): every distance. A warp a query; list [count, k].
+__global__ void __launch_bounds__(kThreads)
+    all_pairs_kernel(const Rows queries, const int32_t* map, int64_t count, const Rows bank, int64_t k, double* list, int32_t* list_rows) {
+  const int64_t query = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + warp_of_thread();
+  if (query >= count) return;
+  const int half = lane_of_thread() / kLanes;
+  const int64_t asked = map == nullptr ? query : map[query];
+  double* distances = list + query * k;
+  int32_t* rows = list_rows + query * k;
+  for (int64_t i = lane_of_thread(); i < k; i += kWarp) {
+    distances[i] = INFINITY;
+    rows[i] = kNoRow;
+  }
+  __syncwarp();
+  for (int64_t row = 0; row < bank.count; row += 2) {
+    const bool two = row + 1 < bank.count;
+    const double distance = half_warp_distance(queries, asked, bank, half == 1 && two ? row + 1 : row);
+    for (int h = 0; h < (two ? 2 : 1); ++h) {
+      const double offered = __shfl_sync(kAllLanes, distance, h * kLanes);
+      if (nearer(offered, static_cast<int32_t>(row) + h, distances[k - 1], rows[k - 1])) {
+        __syncwarp();  // all have read the last one
+        insert(distances, rows, k, offered, static_cast<int32_t>(row) + h);
+      }
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) finite_rows_kernel(const Rows rows, const int32_t* map, int64_t count, float* marks, int32_t* flags) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + warp_of_thread();
+  if (row >= count) return;
+  bool finite = true;
+  with_row(rows, map == nullptr ? row : map[row], [&](const auto* x) {
+    for (int64_t j = lane_of_thread(); j < rows.dim; j += kWarp) finite = finite && widen(x[j]) - widen(x[j]) == 0;
+  });
+  finite = __all_sync(kAllLanes, finite) != 0;
+  if (lane_of_thread() != 0) return;
+  if (!finite) atomicOr(flags, kNonFinite);
+  if (marks != nullptr) marks[row] = finite ? 0.0f : __uint_as_float(0x7fc00000u);
+}
+
+}  // namespace
+
+AllPairsMemory all_pairs_memory(int64_t count, int64_t k, Pieces* pieces) {
+  return {pieces->take<double>(count * k), pieces->take<int32_t>(count * k), pieces->take<float>(count)};
+}
+
+cudaError_t search_all_pairs(const Rows& queries, const int32_t* map, int64_t count, const Rows& bank, int64_t k, const AllPairsMemory& memory,
+                             double* squared_distances, int64_t* indices, int32_t* flags, cudaStream_t stream) {
+  const dim3 warps(static_cast<unsigned>(blocks_of(count, kThreads / kWarp))),
+      bank_warps(static_cast<unsigned>(blocks_of(bank.count, kThreads / kWarp)));
+  PATCHCORE_LAUNCH((finite_rows_kernel), warps, dim3(kThreads), 0, stream, queries, map, count, memory.marks, flags);
+  PATCHCORE_CUDA_TRY(cudaGetLastError());
+  PATCHCORE_LAUNCH((finite_rows_kernel), bank_warps, dim3(kThreads), 0, stream, bank, nullptr, bank.count, nullptr, flags);
+  PATCHCORE_CUDA_TRY(cudaGetLastError());
+  PATCHCORE_LAUNCH((all_pairs_kernel), warps, dim3(kThreads), 0, stream, queries, map, count, bank, k, memory.list, memory.list_rows);
+  PATCHCORE_CUDA_TRY(cudaGetLastError());
+  PATCHCORE_LAUNCH((merge_kernel), warps, dim3(kThreads), 0, stream, count, k, 1, count * k, memory.list, memory.list_rows, memory.marks,
+                   squared_distances, indices);
+  return cudaGetLastError();
+}
+
+// ---- Banks
+// ------------------------------------------------------------------------------------------------------------------------------------------
+
+Bank bank_at(const Rows& bank, bool with_prefixes, Pieces* pieces) {
+  Bank at = {};
+  at.rows = bank;
+  at.encoding.scales = pieces->take<Scales>(1);
+  at.encoding.center = pieces->take<double>(bank.dim);
+  at.full = code_rows_at(bank.count, full_depth(bank.dim), pieces);
+  if (!with_prefixes) return at;
+  at.encoding.matrix = pieces->take<int8_t>(kProductColumns * 2 * full_depth(bank.dim));
+  at.seed = code_rows_at(bank.count, kSeedDepth, pieces);
+  at.prefix = code_rows_at(bank.count, kPrefixDepth, pieces);
+  return at;
+}
+
+Bank prepared_bank_at(const Rows& bank, bool with_prefixes, const void* prepared) {
+  Pieces pieces(const_cast<void*>(prepared));  // read only: Bank serves the preparation as well
+  const int32_t* order = pieces.take<int32_t>(bank.count);
+  Bank at = bank_at(bank, with_prefixes, &pieces);
+  at.order = order;
+  return at;
+}
+
+int64_t prepared_bank_bytes(int64_t count, int64_t dim, bool with_prefixes) {
+  Pieces pieces(nullptr);
+  pieces.take<int32_t>(count);
+  bank_at({nullptr, ScalarType::kFloat32, count, dim, dim}, with_prefixes, &pieces);
+  return pieces.used();
+}
+
+namespace {
+
+struct PrepareMemory {
+  double* sample;
+  StepRows steps;
+};
+
+PrepareMemory prepare_memory(int64_t count, int64_t dim, bool with_prefixes, Pieces* pieces) {
+  PrepareMemory memory = {};
+  memory.sample = pieces->take<double>(kSampleRows);
+  if (with_prefixes) memory.steps = step_rows_at(count < kEncodeChunk ? count : kEncodeChunk, dim, pieces);
+  return memory;
+}
+
+}  // namespace
+
+int64_t prepare_bank_workspace_bytes(int64_t count, int64_t dim, bool with_prefixes) {
+  Pieces pieces(nullptr);
+  prepare_memory(count, dim, with_prefixes, &pieces);
+  return pieces.used();
+}
+
+cudaError_t prepare_bank_cuda(const Rows& bank, const double* center, const int16_t* matrix, const int32_t* order, bool with_prefixes,
+                              void* workspace, void* prepared, int32_t* flags, cudaStream_t stream) {
+  Pieces pieces(workspace);
+  const PrepareMemory memory = prepare_memory(bank.count, bank.dim, with_prefixes, &pieces);
+  const Bank at = prepared_bank_at(bank, with_prefixes, prepared);
+  const Encoding& encoding = at.encoding;
+  const auto bytes = [](int64_t count, size_t each) { return static_cast<size_t>(count) * each; };
+  PATCHCORE_CUDA_TRY(cudaMemcpyAsync(const_cast<int32_t*>(at.order), order, bytes(bank.count, sizeof(int32_t)), cudaMemcpyDeviceToDevice, stream));
+  PATCHCORE_CUDA_TRY(
+      cudaMemcpyAsync(const_cast<double*>(encoding.center), center, bytes(bank.dim, sizeof(double)), cudaMemcpyDeviceToDevice, stream));
+  if (with_prefixes) PATCHCORE_CUDA_TRY(split_matrix(matrix, bank.dim, const_cast<int8_t*>(encoding.matrix), flags, stream));
+  PATCHCORE_CUDA_TRY(choose_scales(bank, encoding, memory.steps, at.full, memory.sample, const_cast<Scales*>(encoding.scales), flags, stream));
+  const int64_t chunk = with_prefixes ? kEncodeChunk : bank.count;
+  for (int64_t begin = 0; begin < bank.count; begin += chunk) {
+    const int64_t count = bank.count - begin < chunk ? bank.count - begin : chunk;
+    const CodeRows none = {};
+    PATCHCORE_CUDA_TRY(encode_rows(bank, order + begin, count, encoding, memory.steps, rows_from(at.full, begin),
+                                   with_prefixes ? rows_from(at.seed, begin) : none, with_prefixes ? rows_from(at.prefix, begin) : none, flags,
+                                   stream));
+  }
+  return cudaSuccess;
+}
+
+OneOff one_off_at(const Rows& bank, Pieces* pieces) {
+  const Bank at = bank_at(bank, false, pieces);
+  return {at, pieces->take<double>(kSampleRows)};
+}
+
+cudaError_t encode_one_off(const Rows& bank, const OneOff& memory, int32_t* flags, cudaStream_t stream) {
+  const Encoding& encoding = memory.bank.encoding;
+  PATCHCORE_CUDA_TRY(mean_of_sample(bank, const_cast<double*>(encoding.center), stream));
+  PATCHCORE_CUDA_TRY(choose_scales(bank, encoding, {}, {}, memory.sample, const_cast<Scales*>(encoding.scales), flags, stream));
+  return encode_rows(bank, nullptr, bank.count, encoding, {}, memory.bank.full, {}, {}, flags, stream);
+}
+
+int64_t nearest_neighbors_workspace_bytes(const Rows& queries, const Rows& bank, bool is_prepared, bool with_prefixes, int64_t k) {
+  Pieces pieces(nullptr);
+  if (bank.dim > kMaxFilterDim) {
+    all_pairs_memory(queries.count, k, &pieces);
+    return pieces.used();
+  }
+  if (!is_prepared) one_off_at(bank, &pieces);
+  search_memory(queries.count, bank, is_prepared && with_prefixes, k, &pieces);
+  return pieces.used();
+}
+
+cudaError_t nearest_neighbors_cuda(const Rows& queries, const Rows& bank, const void* prepared, bool with_prefixes, int64_t k, int prefix,
+                                   void* workspace, double* squared_distances, int64_t* indices, SearchCounters* counters, int32_t* flags,
+                                   cudaStream_t stream) {
+  if (queries.count == 0) return cudaSuccess;
+  Pieces pieces(workspace);
+  if (bank.dim > kMaxFilterDim)
+    return search_all_pairs(queries, nullptr, queries.count, bank, k, all_pairs_memory(queries.count, k, &pieces), squared_distances, indices, flags,
+                            stream);
+  Bank known = {};
+  if (prepared != nullptr) {
+    known = prepared_bank_at(bank, with_prefixes, prepared);
+  } else {
+    const OneOff memory = one_off_at(bank, &pieces);
+    PATCHCORE_CUDA_TRY(encode_one_off(bank, memory, flags, stream));
+    known = memory.bank;
+  }
+  const SearchMemory memory = search_memory(queries.count, bank, known.with_prefixes(), k, &pieces);
+  return search(queries, nullptr, queries.count, known, k, prefix, memory, squared_distances, indices, counters, flags, stream);
+}
+
+}  // namespace patchcore::cuda

@@ -1,0 +1,149 @@
+// Memory as the kernels want it, and the kernels called as the bindings call them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <iostream>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "cuda/kernels.h"
+#include "data.h"
+
+namespace device {
+
+using namespace patchcore;
+
+// `bytes` of memory aligned to 256 bytes, filled with what makes no sense.
+class Block {
+ public:
+  explicit Block(int64_t bytes) : memory_(static_cast<size_t>(bytes) + 256, static_cast<char>(0xa5)) {}
+  void* data() { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_.data()) + 255) / 256 * 256); }
+
+ private:
+  std::vector<char> memory_;
+};
+
+struct Neighbors {
+  std::vector<double> squared_distances;
+  std::vector<int64_t> indices;
+  int32_t flags = 0;
+
+  bool operator==(const Neighbors& other) const { return squared_distances == other.squared_distances && indices == other.indices; }
+};
+
+// A bank prepared with random directions as prefixes, however bad they are for the data, and a shuffled order.
+class Prepared {
+ public:
+  Prepared(const Rows& bank, bool with_prefixes)
+      : with_prefixes_(with_prefixes), memory_(cuda::prepared_bank_bytes(bank.count, bank.dim, with_prefixes)) {
+    const std::vector<double> center = data::widened(bank, bank.count / 2);
+    std::mt19937_64 random(5);
+    std::vector<int32_t> order;
+    for (int64_t i = 0; i < bank.count; ++i) order.push_back(static_cast<int32_t>(i));
+    std::shuffle(order.begin(), order.end(), random);
+    Block workspace(cuda::prepare_bank_workspace_bytes(bank.count, bank.dim, with_prefixes));
+    std::normal_distribution<double> normal;
+    for (double size = 16384 / std::sqrt(static_cast<double>(bank.dim)); true; size *= 0.7) {
+      std::vector<int16_t> matrix;
+      for (int64_t i = 0; with_prefixes && i < (cuda::kSeedPrefix + cuda::kLongPrefix) * bank.dim; ++i)
+        matrix.push_back(static_cast<int16_t>(std::max(-16000.0, std::min(16000.0, size * normal(random)))));
+      int32_t flags = 0;
+      CHECK(cuda::prepare_bank_cuda(bank, center.data(), matrix.data(), order.data(), with_prefixes, workspace.data(), memory_.data(), &flags,
+                                    nullptr) == cudaSuccess);
+      CHECK((flags & cuda::kNonFinite) == 0);
+      if (flags == 0) break;  // else the matrix is no contraction
+    }
+  }
+
+  Neighbors search(const Rows& queries, const Rows& bank, int64_t k, int prefix, cuda::SearchCounters* counters = nullptr) {
+    return nearest(queries, bank, memory_.data(), with_prefixes_, k, prefix, counters);
+  }
+
+  std::vector<float> scores(const Neighbors& found, const Rows& queries, const Rows& bank, int64_t batch, int64_t num_neighbors) {
+    return image_scores(found, queries, bank, memory_.data(), with_prefixes_, batch, num_neighbors);
+  }
+
+  static Neighbors nearest(const Rows& queries, const Rows& bank, const void* prepared, bool with_prefixes, int64_t k, int prefix,
+                           cuda::SearchCounters* counters = nullptr) {
+    Neighbors found;
+    found.squared_distances.assign(static_cast<size_t>(queries.count * k), -7);
+    found.indices.assign(static_cast<size_t>(queries.count * k), -7);
+    Block workspace(cuda::nearest_neighbors_workspace_bytes(queries, bank, prepared != nullptr, with_prefixes, k));
+    CHECK(cuda::nearest_neighbors_cuda(queries, bank, prepared, with_prefixes, k, prefix, workspace.data(), found.squared_distances.data(),
+                                       found.indices.data(), counters, &found.flags, nullptr) == cudaSuccess);
+    return found;
+  }
+
+  static std::vector<float> image_scores(const Neighbors& found, const Rows& queries, const Rows& bank, const void* prepared, bool with_prefixes,
+                                         int64_t batch, int64_t num_neighbors, int32_t* flags_out = nullptr) {
+    std::vector<float> scores(static_cast<size_t>(batch), -7);
+    Block workspace(cuda::image_scores_workspace_bytes(bank, prepared != nullptr, with_prefixes, batch, num_neighbors));
+    int32_t flags = 0;
+    CHECK(cuda::image_scores_cuda(found.squared_distances.data(), found.indices.data(), queries, bank, prepared, with_prefixes, batch,
+                                  queries.count / batch, num_neighbors, workspace.data(), scores.data(), &flags, nullptr) == cudaSuccess);
+    if (flags_out != nullptr)
+      *flags_out = flags;
+    else
+      CHECK_EQ(flags, 0);
+    return scores;
+  }
+
+ private:
+  bool with_prefixes_;
+  Block memory_;
+};
+
+struct Picks {
+  std::vector<double> state;
+  std::vector<int64_t> indices;
+  std::vector<double> squared_distances;
+
+  bool operator==(const Picks& other) const {
+    return state == other.state && indices == other.indices && squared_distances == other.squared_distances;
+  }
+};
+
+class CoresetCodes {
+ public:
+  explicit CoresetCodes(const Rows& rows) : rows_(rows), memory_(cuda::coreset_codes_bytes(rows.count, rows.dim)) {
+    const std::vector<double> center = data::widened(rows, 0);
+    Block workspace(cuda::coreset_codes_workspace_bytes());
+    int32_t flags = 0;
+    CHECK(cuda::coreset_codes_cuda(rows, center.data(), workspace.data(), memory_.data(), &flags, nullptr) == cudaSuccess);
+    CHECK_EQ(flags, 0);
+  }
+
+  // `count` further picks; passes are enqueued `chunk` at a time until all are made. Returns the number of passes enqueued.
+  int64_t select(int64_t count, int64_t batch, int64_t chunk, Picks* picks) {
+    Block workspace(cuda::coreset_workspace_bytes(rows_));
+    const size_t before = picks->indices.size();
+    picks->indices.resize(before + static_cast<size_t>(count));
+    picks->squared_distances.resize(before + static_cast<size_t>(count));
+    int64_t progress[2] = {-1, -1}, passes = 0;
+    CHECK(cuda::start_coreset_cuda(rows_, count, batch, workspace.data(), progress, nullptr) == cudaSuccess);
+    while (progress[1] == 0 && passes <= count) {
+      CHECK(cuda::coreset_passes_cuda(rows_, memory_.data(), chunk, workspace.data(), picks->state.data(), picks->indices.data() + before,
+                                      picks->squared_distances.data() + before, progress, nullptr) == cudaSuccess);
+      passes += chunk;
+    }
+    CHECK_EQ(progress[0], count);
+    CHECK_EQ(progress[1], 1);
+    return passes;
+  }
+
+  void add(const std::vector<int64_t>& picks, std::vector<double>* state) {
+    Block workspace(cuda::coreset_workspace_bytes(rows_));
+    CHECK(cuda::add_picks_cuda(rows_, memory_.data(), picks.data(), static_cast<int64_t>(picks.size()), workspace.data(), state->data(), nullptr) ==
+          cudaSuccess);
+  }
+
+  void* data() { return memory_.data(); }
+
+ private:
+  Rows rows_;
+  Block memory_;
+};
+
+}  // namespace device

@@ -1,0 +1,153 @@
+// The CUDA coreset, run on the CPU, against the CPU's: the same picks, the same bits of the distances and of the state that is left.
+#include "coreset.h"
+#include "device.h"
+
+using namespace patchcore;
+using device::CoresetCodes;
+using device::Picks;
+
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+Picks start(int64_t count) { return {std::vector<double>(static_cast<size_t>(count), kInfinity), {}, {}}; }
+
+Picks on_cpu(const Rows& rows, int64_t count) {
+  Picks picks = start(rows.count);
+  picks.indices.resize(static_cast<size_t>(count));
+  picks.squared_distances.resize(static_cast<size_t>(count));
+  std::vector<double> workspace(static_cast<size_t>(coreset_workspace_bytes(rows, serial())) / 8 + 1);
+  CHECK(greedy_coreset_cpu(rows, count, serial(), workspace.data(), picks.state.data(), picks.indices.data(), picks.squared_distances.data()) ==
+        Status::kOk);
+  return picks;
+}
+
+void expect(const std::string& name, const Picks& found, const Picks& expected) {
+  if (!(found == expected)) std::cerr << name << "\n";
+  CHECK(found == expected);
+}
+
+}  // namespace
+
+TEST(picks_equal_those_of_the_cpu_on_every_set) {
+  uint64_t order = 0;
+  for (const int64_t dim : {1, 3, 17, 65, 128, 130}) {
+    for (data::Set& set : data::sets(260, dim)) {
+      const Rows& rows = data::rows_of(set);
+      const Picks expected = on_cpu(rows, 60);
+      CoresetCodes codes(rows);
+      for (const int64_t batch : {0, 1, 20}) {
+        if (batch == 1 && dim > 3) continue;
+        simt::set_order(order++ % 4);
+        Picks picks = start(rows.count);
+        codes.select(60, batch, 3, &picks);
+        expect(set.name + " dim " + std::to_string(dim) + " batch " + std::to_string(batch), picks, expected);
+      }
+    }
+  }
+}
+
+TEST(slices_and_all_rows_give_a_permutation) {
+  for (data::Set& set : data::sets(150, 9)) {
+    const Rows& rows = data::rows_of(set);
+    const Picks expected = on_cpu(rows, 150);
+    CoresetCodes codes(rows);
+    Picks picks = start(rows.count);
+    for (const int64_t slice : {7, 100, 43}) codes.select(slice, 0, 4, &picks);
+    expect(set.name, picks, expected);
+  }
+}
+
+TEST(many_picks_take_few_passes) {
+  data::Set set = data::fill(data::make("waves", 3000, 24), [](int64_t r, int64_t j) {
+    return std::sin(0.37 * static_cast<double>(r) * (1 + static_cast<double>(j % 5))) / (1 + static_cast<double>(j));
+  });
+  const Rows& rows = data::rows_of(set);
+  CoresetCodes codes(rows);
+  Picks picks = start(rows.count);
+  const int64_t passes = codes.select(500, 0, 1, &picks);
+  std::cout << "     500 picks of 3000 rows in " << passes << " passes\n";
+  CHECK(passes < 60);
+  expect(set.name, picks, on_cpu(rows, 500));
+}
+
+TEST(added_picks_leave_the_state_of_greedy_ones) {
+  for (data::Set& set : data::sets(200, 33)) {
+    const Rows& rows = data::rows_of(set);
+    const Picks expected = on_cpu(rows, 50);
+    std::vector<double> state(200, kInfinity);
+    CoresetCodes(rows).add(expected.indices, &state);
+    CHECK(state == expected.state);
+  }
+}
+
+TEST(minima_over_centers_equal_those_of_the_cpu) {
+  uint64_t order = 0;
+  for (const int64_t dim : {1, 17, 130}) {
+    for (data::Set& set : data::sets(300, dim)) {
+      const Rows& rows = data::rows_of(set);
+      for (const int64_t count : {1, 8, 9, 140}) {
+        Rows centers = rows;
+        centers.count = count;
+        std::vector<double> expected(300, kInfinity);
+        expected[20] = kPicked;
+        expected[21] = 1e-90;
+        std::vector<double> found = expected;
+        std::vector<double> workspace(static_cast<size_t>(coreset_workspace_bytes(rows, serial())) / 8 + 1);
+        CHECK(update_min_distances_cpu(rows, centers, serial(), workspace.data(), expected.data()) == Status::kOk);
+        simt::set_order(order++ % 4);
+        device::Block memory(cuda::update_min_distances_workspace_bytes(rows, centers));
+        int32_t flags = 0;
+        CHECK(cuda::update_min_distances_cuda(rows, centers, memory.data(), found.data(), &flags, nullptr) == cudaSuccess);
+        CHECK_EQ(flags, 0);
+        if (found != expected) std::cerr << set.name << " dim " << dim << " centers " << count << "\n";
+        CHECK(found == expected);
+      }
+    }
+  }
+}
+
+TEST(more_edges_than_fit_cost_passes_and_nothing_else) {
+  // All keys are infinite and all rows near each other: with 4096 candidates every pair is an edge.
+  data::Set set = data::fill(data::make("cloud", 1200, 2), [](int64_t r, int64_t j) { return std::sin(static_cast<double>(r * (j + 1))); });
+  const Rows& rows = data::rows_of(set);
+  CoresetCodes codes(rows);
+  Picks picks = start(rows.count);
+  codes.select(6, 4096, 1, &picks);
+  expect(set.name, picks, on_cpu(rows, 6));
+}
+
+TEST(rows_too_long_for_codes_are_picked_one_by_one) {
+  data::Set set = data::fill(data::make("long", 9, 40000), [](int64_t r, int64_t j) { return std::sin(static_cast<double>(r * 3 + j)); });
+  const Rows& rows = data::rows_of(set);
+  Picks picks = start(rows.count);
+  picks.indices.resize(9);
+  picks.squared_distances.resize(9);
+  int32_t scratch = 0, flags = 0;
+  CHECK(cuda::greedy_by_all_cuda(rows, 9, &scratch, picks.state.data(), picks.indices.data(), picks.squared_distances.data(), &flags, nullptr) ==
+        cudaSuccess);
+  CHECK_EQ(flags, 0);
+  expect(set.name, picks, on_cpu(rows, 9));
+}
+
+TEST(rows_that_are_not_finite_are_reported) {
+  data::Set set = data::fill(data::make("set", 300, 70), [](int64_t r, int64_t j) { return std::cos(static_cast<double>(r * 70 + j)); });
+  set.values[200 * 70 + 3] = std::numeric_limits<float>::infinity();
+  const Rows& rows = data::rows_of(set);
+  const std::vector<double> center(70, 0.0);
+  device::Block codes(cuda::coreset_codes_bytes(300, 70)), workspace(cuda::coreset_codes_workspace_bytes());
+  int32_t flags = 0;
+  CHECK(cuda::coreset_codes_cuda(rows, center.data(), workspace.data(), codes.data(), &flags, nullptr) == cudaSuccess);
+  CHECK_EQ(flags, cuda::kNonFinite);
+  for (const int64_t count : {2, 20}) {
+    Rows centers = rows;
+    centers.count = count;
+    std::vector<double> state(300, kInfinity);
+    device::Block memory(cuda::update_min_distances_workspace_bytes(rows, centers));
+    flags = 0;
+    CHECK(cuda::update_min_distances_cuda(rows, centers, memory.data(), state.data(), &flags, nullptr) == cudaSuccess);
+    CHECK_EQ(flags, cuda::kNonFinite);
+  }
+}
+
+TEST_MAIN()
