@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PEERS = $(if $(wildcard build/peers/bin/python),--peers build/peers/bin/python)
-PYTHON_SOURCES := setup.py patchcore_ext python_tests examples benchmarks
+PYTHON_SOURCES := setup.py patchcore_ext python_tests examples benchmarks tools
 
 .PHONY: help setup demo screenshots test test-core test-python test-aarch64 bench bench-peers check format sanitize clean
 
@@ -30,7 +30,7 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja pybind11
 	touch $@
 
-$(VENV)/built: $(VENV)/installed setup.py pyproject.toml patchcore_ext/_version.py $(filter-out csrc/tests/%,$(CXX_FILES)) $(wildcard csrc/core/cpu/*.inc)
+$(VENV)/built: $(VENV)/installed setup.py tools/cuda_toolkit.py pyproject.toml patchcore_ext/_version.py $(filter-out csrc/tests/%,$(CXX_FILES)) $(wildcard csrc/core/cpu/*.inc)
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 

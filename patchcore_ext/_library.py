@@ -6,8 +6,10 @@ it; a failing ``_C_cuda`` leaves the CPU kernels whole and is explained by :func
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -40,10 +42,14 @@ def _load_cuda() -> str | None:
     """Loads the CUDA kernels when they are there; returns why there are none, or None."""
     if not any(_HERE.glob("_C_cuda*.so")):
         return "this build has no CUDA kernels"
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
     try:
-        _load("_C_cuda")
+        module = _load("_C_cuda")
     except (ImportError, OSError) as error:
         return str(error)
+    if module.version() != __version__:
+        return f"patchcore_ext: the CUDA kernels are of version {module.version()}, the package of {__version__}; {_REBUILD}"
     return None
 
 
@@ -58,13 +64,67 @@ if _forced is not None and _forced not in _C.available_cpu_levels():
 _cuda_problem = _load_cuda()
 
 
+def _covers(archs: list[str], capability: tuple[int, int]) -> bool:
+    """Whether code for these compute capabilities runs on a device: of its major version and not newer, or as PTX on all that are newer."""
+    for arch in archs:
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        assert match is not None, arch
+        built = int(match[1]), int(match[2])
+        if built == capability or (not match[3] and built <= capability and (match[4] or built[0] == capability[0])):
+            return True
+    return False
+
+
+def _cuda_archs() -> list[str]:
+    return [] if _cuda_problem is not None else str(sys.modules[f"{__package__}._C_cuda"].archs()).split(";")
+
+
+@functools.lru_cache
+def _device_problem(index: int) -> str | None:
+    """Why the loaded CUDA kernels cannot run on a device, or None."""
+    capability = torch.cuda.get_device_capability(index)
+    archs = _cuda_archs()
+    if _covers(archs, capability):
+        return None
+    major, minor = capability
+    name = f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})"
+    if capability < (7, 5):
+        return f"the CUDA kernels need compute capability 7.5 or newer, {name} is older"
+    return f'this build has CUDA kernels for {", ".join(archs)}, none for {name}; rebuild with TORCH_CUDA_ARCH_LIST="{major}.{minor}"'
+
+
+def _no_device() -> str | None:
+    """Why torch sees no CUDA device, in the driver's or torch's words; None when it sees one."""
+    if torch.cuda.is_available():
+        return None
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:
+        return f"torch sees no CUDA device: {str(error).strip().splitlines()[0]}"
+    return "torch sees no CUDA device"
+
+
 def kernel_problem(device: torch.device) -> str | None:
     """Why the ops cannot run on tensors of ``device``, with the remedy, or None when they can."""
     if device.type == "cpu":
         return None
     if device.type != "cuda":
         return f"there are kernels for CPU tensors, none for {device.type}; move the tensor with .cpu()"
-    return None if _cuda_problem is None else f"{_cuda_problem}; move the tensor with .cpu()"
+    problem = _cuda_problem
+    if problem is None and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        problem = _no_device()
+    if problem is None:
+        problem = _device_problem(torch.cuda.current_device() if device.index is None else device.index)
+    return None if problem is None else f"{problem}; move the tensor with .cpu()"
+
+
+def _cuda_devices() -> list[dict[str, Any]]:
+    devices = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(index)
+        problem = _cuda_problem or _device_problem(index)
+        devices.append({"name": torch.cuda.get_device_name(index), "capability": f"{major}.{minor}", "problem": problem})
+    return devices
 
 
 def build_info() -> dict[str, Any]:
@@ -73,7 +133,9 @@ def build_info() -> dict[str, Any]:
     Returns:
         A dict of plain values (JSON-ready): ``version``, ``torch``, ``compiler``, ``cpu_level`` (the instruction set in use), ``cpu_levels`` (those that this
         processor can run, slowest first), ``threads`` (torch's intra-op threads), ``cuda_kernels`` (bool: built and loaded), ``cuda_problem`` (why not, or
-        None), ``cuda_available`` (bool: torch sees a CUDA device).
+        None), ``cuda_archs`` (compute capabilities that the kernels were compiled for, "+PTX": newer ones too), ``cuda_toolkit`` (the version that compiled
+        them, or None), ``cuda_available`` (bool: torch sees a CUDA device), ``cuda_unavailable`` (why not, or None), ``cuda_devices`` (``name``,
+        ``capability``, and ``problem``: why the kernels do not run on it, or None).
 
     Example:
         >>> import patchcore_ext
@@ -89,5 +151,9 @@ def build_info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda_kernels": _cuda_problem is None,
         "cuda_problem": _cuda_problem,
+        "cuda_archs": _cuda_archs(),
+        "cuda_toolkit": None if _cuda_problem is not None else sys.modules[f"{__package__}._C_cuda"].toolkit(),
         "cuda_available": torch.cuda.is_available(),
+        "cuda_unavailable": _no_device(),
+        "cuda_devices": _cuda_devices(),
     }
