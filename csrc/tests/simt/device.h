@@ -109,7 +109,7 @@ class CoresetCodes {
  public:
   explicit CoresetCodes(const Rows& rows) : rows_(rows), memory_(cuda::coreset_codes_bytes(rows.count, rows.dim)) {
     const std::vector<double> center = data::widened(rows, 0);
-    Block workspace(cuda::coreset_codes_workspace_bytes());
+    Block workspace(cuda::coreset_codes_workspace_bytes(rows.dim));
     int32_t flags = 0;
     CHECK(cuda::coreset_codes_cuda(rows, center.data(), workspace.data(), memory_.data(), &flags, nullptr) == cudaSuccess);
     CHECK_EQ(flags, 0);
