@@ -7,7 +7,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 PEERS = $(if $(wildcard build/peers/bin/python),--peers build/peers/bin/python)
 PYTHON_SOURCES := setup.py patchcore_ext python_tests examples benchmarks
 
-.PHONY: help setup demo screenshots test test-core test-python test-peers test-aarch64 bench bench-peers peers check format sanitize clean
+.PHONY: help setup demo screenshots test test-core test-python test-peers test-aarch64 bench bench-peers bench-pipelines peers check format sanitize clean
 
 help:
 	@echo "make demo    set everything up, then find the cracks in real solar cells"
@@ -91,6 +91,9 @@ peers: $(VENV)/built
 
 bench-peers: peers
 	$(BIN)/pip install --quiet fpsample
+
+bench-pipelines: peers
+	$(BIN)/python -m benchmarks.bench_pipelines --peers build/peers/bin/python
 
 test-peers: peers
 	@test -n "$$PATCHCORE_INSPECTION_SRC" || echo "test-peers: PATCHCORE_INSPECTION_SRC names no checkout of patchcore-inspection: its tests, example and recipe are skipped"

@@ -29,8 +29,8 @@ SIZE = 224
 CPU = torch.device("cpu")
 
 
-def images_to_use(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """So many good images to fit on and as many defective ones to test, ``[count, 3, 224, 224]`` each."""
+def images_to_use(num_fit: int, num_test: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """So many good images to fit on and defective ones to test, ``[count, 3, 224, 224]`` each."""
     data = os.environ.get("PATCHCORE_EXT_DATA")
     if data:
         good, bad = list_images(Path(data) / "mtd" / "train" / "good"), list_images(Path(data) / "mtd" / "test" / "crack")
@@ -40,7 +40,7 @@ def images_to_use(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
         good, _, bad = demo.pick_cells(demo.package_file("elpv_dataset", "data/labels.csv"))
     transform = ImageTransform(resize=(SIZE, SIZE))
-    fit, test = (torch.cat([batch.images for batch in load_batches(paths[:count], transform, 8, 0)]) for paths in (good, bad))
+    fit, test = (torch.cat([batch.images for batch in load_batches(paths, transform, 8, 0)]) for paths in (good[:num_fit], bad[:num_test]))
     return fit, test
 
 
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16, help="good images to fit on, and defective ones to test")
     parser.add_argument("--percentage", type=float, default=0.1, help="share of patches in the memory bank")
     arguments = parser.parse_args()
-    fit, test = images_to_use(arguments.images)
+    fit, test = images_to_use(arguments.images, arguments.images)
     stock = run(patchcore.sampler, patchcore.common.FaissNN(False, torch.get_num_threads()), arguments.percentage, fit, test)
     mine = run(ours, ours.FaissNN(False, torch.get_num_threads()), arguments.percentage, fit, test)
     for name, result in (("stock", stock), ("patchcore_ext", mine)):
