@@ -204,6 +204,31 @@ def test_command_line_takes_the_class_path(folder: Path, tmp_path: Path, monkeyp
     assert len(ours.memory_bank_from_checkpoint(checkpoint)) == int(0.05 * 6 * 32 * 32)
 
 
+def test_mh_patchcore_takes_our_search() -> None:
+    from anomalib.models.image.mh_patchcore import torch_model
+
+    stock = torch_model._nearest_neighbors
+    bank, queries = (torch.randn(count, 64, generator=torch.Generator().manual_seed(count)) for count in (400, 30))
+    with ours.accelerate():
+        assert torch_model._nearest_neighbors is not stock
+        for k in (1, 4):
+            squared, indices = torch_model._nearest_neighbors(queries, bank, k)
+            theirs = stock(queries, bank, k)
+            assert squared.shape == theirs[0].shape
+            assert torch.equal(indices.reshape(30, k), reference.nearest_neighbors(queries, bank, k)[1])
+            torch.testing.assert_close(squared, theirs[0], rtol=1e-4, atol=1e-4)
+        program = torch.export.export(_Search(), (queries, bank))
+    assert "patchcore_ext" not in str(program.graph)
+    assert torch_model._nearest_neighbors is stock
+
+
+class _Search(torch.nn.Module):
+    def forward(self, queries: torch.Tensor, bank: torch.Tensor) -> Any:
+        from anomalib.models.image.mh_patchcore import torch_model
+
+        return torch_model._nearest_neighbors(queries, bank, 1)
+
+
 def test_anomaly_dino_takes_our_coreset() -> None:
     from anomalib.models.image.anomaly_dino import torch_model
 

@@ -10,11 +10,12 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from .sampler import KCenterGreedy
-from .search import accelerated
+from .search import accelerated, accelerated_squared
 
 _MODELS = "anomalib.models"
 _SAMPLER = "anomalib.models.components.sampling.k_center_greedy"
 _PATCHCORE = "anomalib.models.image.patchcore.torch_model"
+_MH_PATCHCORE = "anomalib.models.image.mh_patchcore.torch_model"  # from 2.7 on
 
 
 class _Seam(NamedTuple):
@@ -49,9 +50,10 @@ class Acceleration:
 def accelerate() -> Acceleration:
     """Lets anomalib's models use our coreset sampler and our search, from now on or for a ``with`` block.
 
-    Changed are ``KCenterGreedy`` wherever an anomalib module has bound it (Patchcore and AnomalyDINO use it) and ``PatchcoreModel.nearest_neighbors``. Models
-    that exist already are accelerated, too, also loaded ones; checkpoints, exports and pickles stay anomalib's own, since classes and attributes do. Exports
-    (ONNX, OpenVINO, ``torch.export``), ``torch.compile``, searches that need gradients and devices without kernels use anomalib's code as before.
+    Changed are ``KCenterGreedy`` wherever an anomalib module has bound it (Patchcore and AnomalyDINO use it), ``PatchcoreModel.nearest_neighbors``, and the
+    search of MH-PatchCore, whose coreset of float64 rows stays anomalib's, as does SuperADD's search. Models that exist already are accelerated, too, also
+    loaded ones; checkpoints, exports and pickles stay anomalib's own, since classes and attributes do. Exports (ONNX, OpenVINO, ``torch.export``),
+    ``torch.compile``, searches that need gradients and devices without kernels use anomalib's code as before.
 
     A second call changes nothing and returns an object that restores nothing: whoever began it ends it.
 
@@ -93,7 +95,12 @@ def _find_seams() -> list[_Seam]:
         raise RuntimeError(f"accelerate: expected {_PATCHCORE} to use KCenterGreedy of {_SAMPLER}, and it does not: {_advice()}")
     modules = [module for name, module in sorted(sys.modules.items()) if name.partition(".")[0] == "anomalib" and module is not None]
     bound = [_Seam(module, name, stock, KCenterGreedy) for module in modules for name, value in vars(module).items() if value is stock]
-    return [*bound, _Seam(model, "nearest_neighbors", search, accelerated(search))]
+    found = [*bound, _Seam(model, "nearest_neighbors", search, accelerated(search))]
+    mh_patchcore = sys.modules.get(_MH_PATCHCORE)
+    if mh_patchcore is not None and "_nearest_neighbors" in vars(mh_patchcore):
+        stock_search = vars(mh_patchcore)["_nearest_neighbors"]
+        found.append(_Seam(mh_patchcore, "_nearest_neighbors", stock_search, accelerated_squared(stock_search)))
+    return found
 
 
 def _attribute(owner: Any, name: str) -> Any:

@@ -52,10 +52,10 @@ def takes(embedding: Tensor, bank: Tensor) -> bool:
     return not (torch.is_grad_enabled() and (embedding.requires_grad or bank.requires_grad))
 
 
-def nearest(embedding: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def nearest(embedding: Tensor, bank: Tensor, k: int, *, squared: bool = False) -> tuple[Tensor, Tensor]:
     """Distances, dtype of the bank, and int64 rows of the k nearest: ``[Q, k]``, or ``[Q]`` where k = 1, as anomalib gives them."""
-    squared, indices = ops.nearest_neighbors(embedding, bank, k, prepared(bank))
-    distances = ops.square_root(squared).to(bank.dtype)
+    found, indices = ops.nearest_neighbors(embedding, bank, k, prepared(bank))
+    distances = (found if squared else ops.square_root(found)).to(bank.dtype)
     return (distances[:, 0], indices[:, 0]) if k == 1 else (distances, indices)
 
 
@@ -69,3 +69,15 @@ def accelerated(stock: Search) -> Search:
         return nearest(embedding, self.memory_bank, n_neighbors)
 
     return nearest_neighbors
+
+
+def accelerated_squared(stock: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+    """The function ``_nearest_neighbors`` of MH-PatchCore, whose distances are squared, in place of anomalib's own, ``stock``."""
+
+    @functools.wraps(stock)
+    def _nearest_neighbors(queries: Tensor, references: Tensor, num_neighbors: int) -> tuple[Tensor, Tensor]:
+        if not takes(queries, references):
+            return stock(queries, references, num_neighbors)
+        return nearest(queries, references, num_neighbors, squared=True)
+
+    return _nearest_neighbors
