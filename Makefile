@@ -7,11 +7,12 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 PEERS = $(if $(wildcard build/peers/bin/python),--peers build/peers/bin/python)
 PYTHON_SOURCES := setup.py patchcore_ext python_tests examples benchmarks tools
 
-.PHONY: help setup demo screenshots test test-core test-python test-aarch64 bench bench-peers check format sanitize clean
+.PHONY: help setup demo screenshots test test-core test-python test-peers test-aarch64 bench bench-peers bench-pipelines peers check format sanitize clean
 
 help:
 	@echo "make demo    set everything up, then find the cracks in real solar cells"
 	@echo "make test    set everything up, then run every test"
+	@echo "make test-peers  tests with anomalib and patchcore-inspection; PATCHCORE_INSPECTION_SRC and ANOMALIB_TESTS name checkouts for their own tests"
 	@echo "make setup   only create .venv and build"
 	@echo "make check   format, lint, types"
 	@echo "make format  format C++ and Python"
@@ -82,12 +83,23 @@ bench: $(VENV)/demo-material
 	$(BIN)/python -m benchmarks.bench_metrics $(PEERS)
 	$(BIN)/python -m benchmarks.bench_features
 
-# An environment for anomalib that borrows torch from .venv.
-bench-peers: $(VENV)/built
+# An environment for anomalib, and for what patchcore-inspection imports, that borrows torch from .venv.
+peers: $(VENV)/built
 	$(PYTHON) -m venv build/peers
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$(build/peers/bin/python -c "import site; print(site.getsitepackages()[0])")/borrowed.pth
-	build/peers/bin/pip install --quiet anomalib
+	build/peers/bin/pip install --quiet anomalib faiss-cpu timm pytest
+
+bench-peers: peers
 	$(BIN)/pip install --quiet fpsample
+
+bench-pipelines: peers
+	$(BIN)/python -m benchmarks.bench_pipelines --peers build/peers/bin/python
+
+test-peers: peers
+	@test -n "$$PATCHCORE_INSPECTION_SRC" || echo "test-peers: PATCHCORE_INSPECTION_SRC names no checkout of patchcore-inspection: its tests, example and recipe are skipped"
+	@test -n "$$ANOMALIB_TESTS" || echo "test-peers: ANOMALIB_TESTS names no tests folder of anomalib: its own tests are skipped"
+	build/peers/bin/python -m pytest python_tests/test_anomalib.py python_tests/test_anomalib_checkpoint.py python_tests/test_anomalib_engine.py \
+		python_tests/test_patchcore_inspection.py python_tests/test_peers_own_tests.py python_tests/test_recipes.py
 
 clean:
 	rm -rf build dist demo *.egg-info patchcore_ext/*.so $(VENV)/built
