@@ -7,11 +7,12 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 PEERS = $(if $(wildcard build/peers/bin/python),--peers build/peers/bin/python)
 PYTHON_SOURCES := setup.py patchcore_ext python_tests examples benchmarks
 
-.PHONY: help setup demo screenshots test test-core test-python test-aarch64 bench bench-peers check format sanitize clean
+.PHONY: help setup demo screenshots test test-core test-python test-onnx test-aarch64 bench bench-peers check format sanitize clean
 
 help:
 	@echo "make demo    set everything up, then find the cracks in real solar cells"
 	@echo "make test    set everything up, then run every test"
+	@echo "make test-onnx  the tests of the ONNX export, in an environment of their own with onnxruntime"
 	@echo "make setup   only create .venv and build"
 	@echo "make check   format, lint, types"
 	@echo "make format  format C++ and Python"
@@ -53,6 +54,13 @@ test-core: $(VENV)/built
 
 test-python: $(VENV)/demo-material
 	$(BIN)/python -m pytest
+
+# An environment for onnx and onnxruntime that borrows torch from .venv.
+test-onnx: $(VENV)/built
+	$(PYTHON) -m venv build/onnx-env
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$(build/onnx-env/bin/python -c "import site; print(site.getsitepackages()[0])")/borrowed.pth
+	build/onnx-env/bin/pip install --quiet onnx onnxscript onnxruntime
+	build/onnx-env/bin/python -m pytest python_tests/test_integrations_onnx.py python_tests/test_recipes_frameworks.py
 
 check: $(VENV)/built
 	$(BIN)/ruff check $(PYTHON_SOURCES)
