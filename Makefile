@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PEERS = $(if $(wildcard build/peers/bin/python),--peers build/peers/bin/python)
 PYTHON_SOURCES := setup.py patchcore_ext python_tests examples benchmarks
 
@@ -31,7 +31,7 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja pybind11
 	touch $@
 
-$(VENV)/built: $(VENV)/installed setup.py pyproject.toml patchcore_ext/_version.py $(filter-out csrc/tests/%,$(CXX_FILES)) $(wildcard csrc/core/cpu/*.inc)
+$(VENV)/built: $(VENV)/installed setup.py pyproject.toml patchcore_ext/_version.py $(filter-out csrc/tests/% examples/%,$(CXX_FILES)) $(wildcard csrc/core/cpu/*.inc)
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 
