@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,26 +18,48 @@ from patchcore_ext import CoresetSampler, PatchScorer
 ROOT = Path(__file__).parents[1]
 
 
-def cmake(*arguments: str | Path) -> None:
-    process = subprocess.run(["cmake", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False)
+RECIPE = (ROOT / "docs" / "recipes" / "cpp.md").read_text(encoding="utf-8")
+
+
+def block_of_recipe(language: str) -> str:
+    """The one block of that language in docs/recipes/cpp.md."""
+    (block,) = re.findall(rf"^```{language}\n(.*?)^```$", RECIPE, flags=re.DOTALL | re.MULTILINE)
+    return str(block)
+
+
+def shell(commands: str, folder: Path) -> str:
+    environment = {**os.environ, "CMAKE_BUILD_PARALLEL_LEVEL": "2", **({"CMAKE_GENERATOR": "Ninja"} if shutil.which("ninja") else {})}
+    process = subprocess.run(["sh", "-eu", "-c", commands], cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    return process.stdout
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the recipe's commands have run, with links to what is in this one."""
     if shutil.which("cmake") is None or not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
         pytest.skip("no cmake or no C++ compiler: the C++ example was not built")
     folder = tmp_path_factory.mktemp("cpp")
-    # -O1 halves the time; bits are the same in every build.
-    options = ["-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG", *(["-G", "Ninja"] if shutil.which("ninja") else [])]
-    cmake("-S", ROOT, "-B", folder / "core", f"-DCMAKE_INSTALL_PREFIX={folder / 'prefix'}", *options)
-    cmake("--build", folder / "core", "--target", "patchcore_core", "--parallel", "2")
-    cmake("--install", folder / "core")
-    found = [f"-DCMAKE_PREFIX_PATH={folder / 'prefix'}", "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror"]
-    cmake("-S", ROOT / "examples" / "cpp", "-B", folder / "example", *found, *options)
-    cmake("--build", folder / "example")
-    shutil.rmtree(folder / "core")  # the example has what it needs in itself and in the prefix
-    return folder / "example" / "score_features"
+    for name in ("CMakeLists.txt", "cmake", "csrc", "examples", "patchcore_ext"):
+        (folder / name).symlink_to(ROOT / name)
+    shell(block_of_recipe("sh"), folder)
+    shutil.rmtree(folder / "build" / "core")  # what was installed is enough
+    return folder
+
+
+@pytest.fixture(scope="module")
+def program(built: Path) -> Path:
+    return built / "build" / "example" / "score_features"
+
+
+def test_the_program_of_the_recipe_builds_and_runs(built: Path) -> None:
+    project = built / "project"
+    project.mkdir()
+    (project / "CMakeLists.txt").write_text(block_of_recipe("cmake"))
+    (project / "nearest.cpp").write_text(block_of_recipe("cpp"))
+    flags = "-Wall -Wextra -Werror"  # the headers give no warnings to others
+    shell(f"cmake -S . -B build -DCMAKE_PREFIX_PATH={built}/build/prefix -DCMAKE_CXX_FLAGS='{flags}' && cmake --build build", project)
+    assert shell("build/nearest", project) == "row 0 at squared distance 9\n"
 
 
 def run(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
