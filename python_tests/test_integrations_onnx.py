@@ -25,6 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "paper aggregation, anomalib score": {"aggregation": "paper", "feature_dim": 10, "stride": 2, "patch_size": 5, "score": "anomalib"},
     "one neighbor": {"num_neighbors": 1, "coreset_ratio": 0.02},
     "amazon score": {"score": "amazon"},
+    "max score": {"score": "max"},
     "few rows": {"coreset_ratio": 0.0005, "score": "paper"},
 }
 

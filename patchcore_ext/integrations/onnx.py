@@ -173,10 +173,12 @@ def export_onnx(model: PatchCore, path: str | os.PathLike[str], *, size: tuple[i
         ImportError: onnx or onnxscript is missing.
         ValueError: See ``ExportableModel``; or the weights and the bank take more than 1 GiB: a smaller coreset_ratio is needed.
         OSError: The file cannot be written.
+        torch.onnx.OnnxExporterError: torch.export cannot trace a backbone of your own.
 
     Note:
         Exactness: float32, within 1e-4 of ``predict`` in the tests, usually within 1e-5; see the module. Memory when running: for the proposals
-        ``4 * batch * patches * bank rows`` bytes, so feed few images at a time to large banks.
+        ``4 * batch * patches * bank rows`` bytes, so feed few images at a time to large banks. aggregation="paper" pools neighbourhoods by a dense convolution,
+        which may take as long as the backbone.
     """
     op = "export_onnx"
     for package in ("onnx", "onnxscript"):
@@ -232,5 +234,9 @@ def _neighborhoods(bank: Tensor, num_neighbors: int, score: str) -> Tensor:
 
 def _pooling_kernel(channels: int, patch_size: int, feature_dim: int) -> Tensor:
     """Adaptive average pooling of flattened neighbourhoods [C * p * p] to d, as the weights of a convolution, ``[d, C, p, p]``."""
-    values = torch.eye(channels * patch_size**2, dtype=torch.float64)
-    return F.adaptive_avg_pool1d(values, feature_dim).T.reshape(feature_dim, channels, patch_size, patch_size).float().contiguous()
+    length = channels * patch_size**2
+    kernel = torch.zeros(feature_dim, length)
+    for i in range(feature_dim):
+        first, end = i * length // feature_dim, -(-(i + 1) * length // feature_dim)
+        kernel[i, first:end] = 1 / (end - first)
+    return kernel.view(feature_dim, channels, patch_size, patch_size)
