@@ -3,16 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PEERS = $(if $(wildcard build/peers/bin/python),--peers build/peers/bin/python)
 PYTHON_SOURCES := setup.py patchcore_ext python_tests examples benchmarks tools
 
-.PHONY: help setup demo screenshots test test-core test-python test-peers test-aarch64 bench bench-peers bench-pipelines peers check format sanitize clean
+.PHONY: help setup demo screenshots test test-core test-python test-peers test-onnx test-aarch64 bench bench-peers bench-pipelines peers check format sanitize clean
 
 help:
 	@echo "make demo    set everything up, then find the cracks in real solar cells"
 	@echo "make test    set everything up, then run every test"
 	@echo "make test-peers  tests with anomalib and patchcore-inspection; PATCHCORE_INSPECTION_SRC and ANOMALIB_TESTS name checkouts for their own tests"
+	@echo "make test-onnx  the tests of the ONNX export, in an environment of their own with onnxruntime"
 	@echo "make setup   only create .venv and build"
 	@echo "make check   format, lint, types"
 	@echo "make format  format C++ and Python"
@@ -31,7 +32,7 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja pybind11
 	touch $@
 
-$(VENV)/built: $(VENV)/installed setup.py tools/cuda_toolkit.py pyproject.toml patchcore_ext/_version.py $(filter-out csrc/tests/%,$(CXX_FILES)) $(wildcard csrc/core/cpu/*.inc)
+$(VENV)/built: $(VENV)/installed setup.py tools/cuda_toolkit.py pyproject.toml patchcore_ext/_version.py $(filter-out csrc/tests/% examples/%,$(CXX_FILES)) $(wildcard csrc/core/cpu/*.inc)
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 
@@ -54,6 +55,13 @@ test-core: $(VENV)/built
 
 test-python: $(VENV)/demo-material
 	$(BIN)/python -m pytest
+
+# An environment for onnx and onnxruntime that borrows torch from .venv.
+test-onnx: $(VENV)/built
+	$(PYTHON) -m venv build/onnx-env
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$(build/onnx-env/bin/python -c "import site; print(site.getsitepackages()[0])")/borrowed.pth
+	build/onnx-env/bin/pip install --quiet onnx onnxscript onnxruntime
+	build/onnx-env/bin/python -m pytest python_tests/test_integrations_onnx.py python_tests/test_recipes_frameworks.py
 
 check: $(VENV)/built
 	$(BIN)/ruff check $(PYTHON_SOURCES)

@@ -256,16 +256,26 @@ Tensor prepare_bank(const Tensor& bank, const Tensor& center, const Tensor& matr
   return prepared;
 }
 
-// The memory of a prepared bank; null where there is none.
-const void* prepared_memory(const std::optional<Tensor>& prepared, const Rows& bank, const char* op) {
-  if (!prepared.has_value()) return nullptr;
+struct Prepared {
+  std::optional<Tensor> keep_alive;  // holds the memory that `memory` points to
+  const void* memory;                // null where there is none
+};
+
+// A prepared bank. It is copied where it does not lie at a multiple of 64 bytes: the constants of an AOTInductor package lie anywhere.
+Prepared prepared_of(const std::optional<Tensor>& prepared, const Rows& bank, const char* op) {
+  if (!prepared.has_value()) return {std::nullopt, nullptr};
   if (prepared->dim() != 1) fail(op, ": expected prepared to come from prepare_bank, got shape ", shape_of(*prepared), ".");
-  check_vector(*prepared, ScalarType::Byte, prepared->size(0), op, "prepared", "uint8");
-  const void* memory = prepared->const_data_ptr();
-  if (reinterpret_cast<uintptr_t>(memory) % 64 != 0) fail(op, ": expected prepared to be aligned to 64 bytes; pass what prepare_bank gave.");
-  if (!prepared_bank_fits(bank, memory, prepared->size(0)))
-    fail(op, ": expected prepared to come from prepare_bank of the same bank, got ", prepared->size(0), " bytes of another.");
-  return memory;
+  const int64_t bytes = prepared->size(0);
+  check_vector(*prepared, ScalarType::Byte, bytes, op, "prepared", "uint8");
+  Tensor usable = *prepared;
+  if (reinterpret_cast<uintptr_t>(usable.const_data_ptr()) % 64 != 0) {
+    usable = empty({bytes}, ScalarType::Byte);
+    std::memcpy(usable.mutable_data_ptr(), prepared->const_data_ptr(), static_cast<size_t>(bytes));
+  }
+  const void* memory = usable.const_data_ptr();
+  if (!prepared_bank_fits(bank, memory, bytes))
+    fail(op, ": expected prepared to come from prepare_bank of the same bank, got ", bytes, " bytes of another.");
+  return {usable, memory};
 }
 
 std::tuple<Tensor, Tensor> nearest_neighbors(const Tensor& queries, const Tensor& bank, int64_t k, std::optional<Tensor> prepared) {
@@ -274,7 +284,8 @@ std::tuple<Tensor, Tensor> nearest_neighbors(const Tensor& queries, const Tensor
   const Feature known = features_of(bank, op, "bank");
   check_same_dim(asked.rows, "queries", known.rows, "bank", op);
   check_k(k, known.rows, op);
-  const void* codes = prepared_memory(prepared, known.rows, op);
+  const Prepared copies = prepared_of(prepared, known.rows, op);
+  const void* codes = copies.memory;
   const Parallel parallel = torch_threads(asked.rows.count * known.rows.count * known.rows.dim);
   Tensor squared_distances = empty({asked.rows.count, k}, ScalarType::Double);
   Tensor indices = empty({asked.rows.count, k}, ScalarType::Long);
@@ -306,7 +317,8 @@ Tensor image_scores(const Tensor& squared_distances, const Tensor& nearest_indic
       fail(op, ": expected nearest_indices to lie in [0, ", known.rows.count, "), the rows of the bank, got ", nearest[i], ".");
     }
   }
-  const void* codes = prepared_memory(prepared, known.rows, op);
+  const Prepared copies = prepared_of(prepared, known.rows, op);
+  const void* codes = copies.memory;
   const Parallel parallel = torch_threads(batch * known.rows.count * known.rows.dim);
   const Workspace memory(image_scores_workspace_bytes(asked.rows, known.rows, codes, num_neighbors, parallel));
   Tensor scores = empty({batch}, ScalarType::Float);
