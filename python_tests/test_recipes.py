@@ -1,7 +1,8 @@
 """Every block of Python in docs/recipes runs, page by page, in a process of its own; so does the README's way in for users of anomalib.
 
 A page names the packages it needs in its first line, ``<!-- needs: NAME NAME -->``, and is skipped where one is missing. Its blocks run in order, in a folder
-with images of good and broken bottles in MVTec AD's layout. Networks get random weights: the tests fetch nothing.
+with images of good and broken bottles in MVTec AD's layout and a file of weights. Networks get random weights: the tests fetch nothing. The blocks of cpp.md,
+which has none of Python, are built and run by test_cpp_example.py.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs" / "recipes").glob("*.md"))
+PAGES = sorted(page for page in (ROOT / "docs" / "recipes").glob("*.md") if page.stem != "cpp")
 BLOCK = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
 WITHOUT_WEIGHTS = """
 import functools, importlib.util, warnings
@@ -54,7 +57,7 @@ def is_missing(package: str, monkeypatch: pytest.MonkeyPatch) -> bool:
 
 def make_bottles(folder: Path) -> None:
     generator = np.random.default_rng(0)
-    for part, count in (("train/good", 5), ("test/good", 3), ("test/broken", 3)):
+    for part, count in (("train/good", 21), ("test/good", 3), ("test/broken", 3)):
         (folder / "bottle" / part).mkdir(parents=True)
         for i in range(count):
             pixels = generator.integers(90, 120, (64, 64, 3), dtype=np.uint8)
@@ -65,6 +68,8 @@ def make_bottles(folder: Path) -> None:
 
 def run(code: str, folder: Path) -> None:
     make_bottles(folder)
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), folder / "resnet18.pth")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(import_path()), "TQDM_DISABLE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -79,6 +84,7 @@ def test_blocks_of_a_recipe_run(page: Path, tmp_path: Path, monkeypatch: pytest.
             pytest.skip(f"{package} is not installed: the blocks of docs/recipes/{page.name} did not run")
     blocks = BLOCK.findall(text)
     assert blocks, f"{page.name} has no block of Python"
+    assert len(blocks) == text.count("```") // 2, f"{page.name} has a block of another kind, which would not be run"
     run(WITHOUT_WEIGHTS + "\n".join(blocks), tmp_path)
 
 
