@@ -3,15 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PEERS = $(if $(wildcard build/peers/bin/python),--peers build/peers/bin/python)
 PYTHON_SOURCES := setup.py patchcore_ext python_tests examples benchmarks tools
 
-.PHONY: help setup demo screenshots test test-core test-python test-aarch64 bench bench-peers gpu-test check format sanitize clean
+.PHONY: help setup demo screenshots test test-core test-python test-peers test-onnx test-aarch64 bench bench-peers bench-pipelines peers gpu-test check format sanitize clean
 
 help:
 	@echo "make demo    set everything up, then find the cracks in real solar cells"
 	@echo "make test    set everything up, then run every test"
+	@echo "make test-peers  tests with anomalib and patchcore-inspection; PATCHCORE_INSPECTION_SRC and ANOMALIB_TESTS name checkouts for their own tests"
+	@echo "make test-onnx  the tests of the ONNX export, in an environment of their own with onnxruntime"
 	@echo "make setup   only create .venv and build"
 	@echo "make check   format, lint, types"
 	@echo "make format  format C++ and Python"
@@ -31,7 +33,7 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja pybind11
 	touch $@
 
-$(VENV)/built: $(VENV)/installed setup.py tools/cuda_toolkit.py pyproject.toml patchcore_ext/_version.py $(filter-out csrc/tests/%,$(CXX_FILES)) $(wildcard csrc/core/cpu/*.inc)
+$(VENV)/built: $(VENV)/installed setup.py tools/cuda_toolkit.py pyproject.toml patchcore_ext/_version.py $(filter-out csrc/tests/% examples/%,$(CXX_FILES)) $(wildcard csrc/core/cpu/*.inc)
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 
@@ -54,6 +56,13 @@ test-core: $(VENV)/built
 
 test-python: $(VENV)/demo-material
 	$(BIN)/python -m pytest
+
+# An environment for onnx and onnxruntime that borrows torch from .venv.
+test-onnx: $(VENV)/built
+	$(PYTHON) -m venv build/onnx-env
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$(build/onnx-env/bin/python -c "import site; print(site.getsitepackages()[0])")/borrowed.pth
+	build/onnx-env/bin/pip install --quiet onnx onnxscript onnxruntime
+	build/onnx-env/bin/python -m pytest python_tests/test_integrations_onnx.py python_tests/test_recipes_frameworks.py
 
 check: $(VENV)/built
 	$(BIN)/ruff check $(PYTHON_SOURCES)
@@ -83,16 +92,27 @@ bench: $(VENV)/demo-material
 	$(BIN)/python -m benchmarks.bench_metrics $(PEERS)
 	$(BIN)/python -m benchmarks.bench_features
 
-# An environment for anomalib that borrows torch from .venv.
-bench-peers: $(VENV)/built
+# An environment for anomalib, and for what patchcore-inspection imports, that borrows torch from .venv.
+peers: $(VENV)/built
 	$(PYTHON) -m venv build/peers
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$(build/peers/bin/python -c "import site; print(site.getsitepackages()[0])")/borrowed.pth
-	build/peers/bin/pip install --quiet anomalib
+	build/peers/bin/pip install --quiet anomalib faiss-cpu timm pytest
+
+bench-peers: peers
 	$(BIN)/pip install --quiet fpsample
 
 # Takes the python3 at hand when there is no .venv: a machine with a GPU may have torch and no network.
 gpu-test:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/gpu_test.py
+
+bench-pipelines: peers
+	$(BIN)/python -m benchmarks.bench_pipelines --peers build/peers/bin/python
+
+test-peers: peers
+	@test -n "$$PATCHCORE_INSPECTION_SRC" || echo "test-peers: PATCHCORE_INSPECTION_SRC names no checkout of patchcore-inspection: its tests, example and recipe are skipped"
+	@test -n "$$ANOMALIB_TESTS" || echo "test-peers: ANOMALIB_TESTS names no tests folder of anomalib: its own tests are skipped"
+	build/peers/bin/python -m pytest python_tests/test_anomalib.py python_tests/test_anomalib_checkpoint.py python_tests/test_anomalib_engine.py \
+		python_tests/test_patchcore_inspection.py python_tests/test_peers_own_tests.py python_tests/test_recipes.py
 
 clean:
 	rm -rf build dist demo *.egg-info patchcore_ext/*.so $(VENV)/built

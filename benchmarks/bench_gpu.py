@@ -1,8 +1,8 @@
 """Search and coreset selection on a GPU, against torch and, where installed, faiss, cuVS and FlashLib, and against the card's limits (gpu_roofs.py).
 
 ``python -m benchmarks.bench_gpu`` needs a CUDA device. Ours is first compared, bit for bit, with the CPU kernels and with plain float64, and what differs is
-reported and not timed; of the others the share of wrong rows is told. Times are medians by CUDA events, with the L2 cache warm from the run before, and cold: overwritten in
-between.
+reported and not timed; of the others the share of wrong rows is told. Times are medians by CUDA events, with the L2 cache warm from the run before, and cold:
+overwritten in between.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ _HEADS = ("classifier", "head", "heads", "avgpool", "fc", "aux1", "aux2", "AuxLo
 class _LayerTracer(fx.Tracer):
     """Symbolic tracer that copies each named layer's output the moment the layer returns it."""
 
-    def __init__(self, layers: Sequence[str]) -> None:
+    # Without layers: torch.fx makes a tracer of its own when a pickled network is read, in which the copies are there already.
+    def __init__(self, layers: Sequence[str] = ()) -> None:
         super().__init__(autowrap_modules=(math, torchvision.ops))  # type: ignore[arg-type]
         self.layers = layers
         self.outputs: dict[str, fx.Proxy] = {}

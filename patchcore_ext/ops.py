@@ -269,7 +269,7 @@ def nearest_neighbors(queries: ArrayLike, bank: ArrayLike, k: int, prepared: Seq
         bank: ``[M, D]``, of any of these dtypes.
         k: 1 <= k <= M.
         prepared: What :func:`prepare_bank` gave for this bank. Empty: where there is much to search, int8 copies are made for this call alone, which costs
-            about as much as 64 queries; else all distances are computed. The result is the same.
+            about as much as 64 queries; else, and in what torch.export makes, all distances are computed. The result is the same.
 
     Returns:
         ``squared_distances`` float64 ``[Q, k]``, ascending, canonical, and ``indices`` int64 ``[Q, k]``; equal distances in the order of their indices.
@@ -296,7 +296,8 @@ def nearest_neighbors(queries: ArrayLike, bank: ArrayLike, k: int, prepared: Seq
     _checks.integer(op, "k", k, 1, known.shape[0], " (the rows of the bank)")
     with _checks.native_errors(op):
         codes = _codes_of(op, prepared)
-        if codes is None and asked.shape[0] >= _MANY_QUERIES and _can_be_prepared(known):
+        # Not while exporting: a program for any number of queries must not ask for it.
+        if codes is None and _can_be_prepared(known) and not torch.compiler.is_exporting() and asked.shape[0] >= _MANY_QUERIES:
             codes = _ops.prepare_bank(known.detach(), *_rotation.center_alone(known.detach()))
         squared_distances, indices = _ops.nearest_neighbors(asked, known, k, codes)
     return squared_distances, indices

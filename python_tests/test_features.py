@@ -691,3 +691,11 @@ def test_a_compiled_network_gives_nearly_the_same() -> None:
     with torch.inference_mode():
         found, expected = (FeatureExtractor(net, layers, compile=compiled)(images).features for compiled in (True, False))
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_extractor_pickles() -> None:
+    """torch.fx made its tracer without arguments on reading, which ours refused."""
+    extractor = FeatureExtractor(SmallNet(), ("fine", "coarse"))
+    images = torch.rand(1, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(pickle.loads(pickle.dumps(extractor))(images).features, extractor(images).features)

@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "checks.h"
 #include "coreset.h"
 #include "filter.h"
@@ -19,43 +20,12 @@ namespace patchcore::bindings {
 
 namespace {
 
-struct Feature {
-  Tensor keep_alive;  // holds the memory that `rows` points into
-  Rows rows;
-};
+constexpr DeviceType kDevice = DeviceType::CPU;
 
-// A [N, D] tensor of float32, float16 or bfloat16 as rows; rows must be contiguous inside, and are made so when they are not.
-Feature features_of(const Tensor& tensor, const char* op, const char* argument) {
-  if (!tensor.is_cpu()) fail(op, ": expected ", argument, " to be on the CPU, got a tensor of another device.");
-  if (tensor.dim() != 2) fail(op, ": expected ", argument, " to be of shape [rows, dim], got ", shape_of(tensor), ".");
-  patchcore::ScalarType type{};
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      type = patchcore::ScalarType::kFloat32;
-      break;
-    case ScalarType::Half:
-      type = patchcore::ScalarType::kFloat16;
-      break;
-    case ScalarType::BFloat16:
-      type = patchcore::ScalarType::kBFloat16;
-      break;
-    default:
-      fail(op, ": expected ", argument, " to be float32, float16 or bfloat16, got another dtype.");
-  }
-  if (tensor.size(0) > kMaxRows) fail(op, ": expected ", argument, " to have at most 2^31 - 1 rows, got ", tensor.size(0), ".");
-  if (tensor.size(1) < 1) fail(op, ": expected ", argument, " to have at least one dimension a row, got shape ", shape_of(tensor), ".");
-  const Tensor usable = tensor.stride(1) == 1 || tensor.size(1) == 1 ? tensor : torch::stable::contiguous(tensor);
-  return {usable, {usable.const_data_ptr(), type, usable.size(0), usable.size(1), usable.stride(0)}};
-}
-
-void check_same_dim(const Rows& a, const char* name_a, const Rows& b, const char* name_b, const char* op) {
-  if (a.dim != b.dim) fail(op, ": expected ", name_a, " to have the dimension of ", name_b, " (", b.dim, "), got ", a.dim, ".");
-}
+Feature features_of(const Tensor& tensor, const char* op, const char* argument) { return features_on(kDevice, tensor, op, argument); }
 
 void check_vector(const Tensor& tensor, ScalarType type, int64_t size, const char* op, const char* argument, const char* type_name) {
-  if (!tensor.is_cpu() || tensor.scalar_type() != type || tensor.dim() != 1 || tensor.size(0) != size || (size > 1 && tensor.stride(0) != 1)) {
-    fail(op, ": expected ", argument, " to be a contiguous ", type_name, " CPU tensor of shape [", size, "], got shape ", shape_of(tensor), ".");
-  }
+  check_vector_on(kDevice, tensor, type, size, op, argument, type_name);
 }
 
 // Memory for one call of a kernel. Small ones are kept for the thread's next call: fresh pages would cost a short search a tenth of its time.
@@ -93,10 +63,6 @@ Tensor empty(std::initializer_list<int64_t> size, ScalarType type) {
   return torch::stable::empty(std::vector<int64_t>(size), type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
-[[noreturn]] void fail_nonfinite(const char* op, const char* argument, int64_t row) {
-  fail(op, ": expected ", argument, " to be finite, got NaN or infinity in row ", row, " (the first such row).");
-}
-
 // Called when a kernel met a NaN or an infinity: names the argument and its first bad row.
 [[noreturn]] void explain_nonfinite(const char* op, std::initializer_list<std::pair<const char*, const Rows*>> arguments) {
   for (const auto& [name, rows] : arguments) {
@@ -127,11 +93,7 @@ Tensor square_root(const Tensor& values) {
 Tensor random_projection(const Tensor& features, const Tensor& matrix) {
   const char* op = "random_projection";
   const Feature input = features_of(features, op, "features");
-  if (!matrix.is_cpu() || matrix.scalar_type() != ScalarType::Double || matrix.dim() != 2 || matrix.size(1) != input.rows.dim ||
-      !matrix.is_contiguous()) {
-    fail(op, ": expected matrix to be a contiguous float64 CPU tensor of shape [projection_dim, ", input.rows.dim, "], got shape ", shape_of(matrix),
-         ".");
-  }
+  check_matrix_on(kDevice, matrix, ScalarType::Double, input.rows.dim, op, "float64", "projection_dim");
   const int64_t num_outputs = matrix.size(0);
   const double* dense = static_cast<const double*>(matrix.const_data_ptr());
   std::vector<int64_t> offsets = {0};
@@ -189,8 +151,7 @@ Tensor coreset_codes(const Tensor& features, const Tensor& center, const Tensor&
   const char* op = "coreset_codes";
   const Feature input = features_of(features, op, "features");
   const int64_t dim = input.rows.dim;
-  if (dim > kMaxFilterDim) fail(op, ": expected features to have at most ", kMaxFilterDim, " dimensions, got ", dim, ".");
-  if (input.rows.count < 1) fail(op, ": expected features to have at least one row, got none.");
+  check_coded_features(input.rows, op);
   check_vector(center, ScalarType::Double, dim, op, "center", "float64");
   if (!prefix.is_cpu() || prefix.scalar_type() != ScalarType::Double || prefix.dim() != 2 || prefix.size(0) != dim || prefix.size(1) >= dim) {
     fail(op, ": expected prefix to be a float64 CPU tensor of shape [", dim, ", fewer than ", dim, "], got shape ", shape_of(prefix), ".");
@@ -231,10 +192,7 @@ void add_picks(const Tensor& features, const Tensor& picks, Tensor min_distances
   if (picks.dim() != 1) fail(op, ": expected picks to be of shape [count], got ", shape_of(picks), ".");
   check_vector(picks, ScalarType::Long, picks.size(0), op, "picks", "int64");
   const int64_t* rows = static_cast<const int64_t*>(picks.const_data_ptr());
-  for (int64_t i = 0; i < picks.size(0); ++i) {
-    if (rows[i] < 0 || rows[i] >= input.rows.count)
-      fail(op, ": expected picks to lie in [0, ", input.rows.count, "), the rows of features, got ", rows[i], ".");
-  }
+  check_picks(rows, picks.size(0), input.rows, op);
   check_codes(codes, input.rows, op);
   const Parallel parallel = torch_threads(input.rows.count * input.rows.dim);
   const Workspace memory(batched_coreset_workspace_bytes(input.rows, codes.const_data_ptr(), parallel));
@@ -272,26 +230,13 @@ std::tuple<Tensor, Tensor> greedy_coreset(const Tensor& features, Tensor min_dis
   return {indices, squared_distances};
 }
 
-void check_permutation(const int32_t* values, int64_t count, const char* op, const char* argument) {
-  std::vector<bool> seen(static_cast<size_t>(count));
-  for (int64_t i = 0; i < count; ++i) {
-    if (values[i] < 0 || values[i] >= count || seen[static_cast<size_t>(values[i])])
-      fail(op, ": expected ", argument, " to be a permutation of the rows, got ", values[i], " at ", i, ".");
-    seen[static_cast<size_t>(values[i])] = true;
-  }
-}
-
 Tensor prepare_bank(const Tensor& bank, const Tensor& center, const Tensor& matrix, int64_t short_outputs, const Tensor& order) {
   const char* op = "prepare_bank";
   const Feature known = features_of(bank, op, "bank");
   const int64_t dim = known.rows.dim;
-  if (dim < kFewestPreparedDims || dim > kMaxFilterDim)
-    fail(op, ": expected bank to have between ", kFewestPreparedDims, " and ", kMaxFilterDim, " dimensions, got ", dim, ".");
-  if (known.rows.count < kFewestPreparedRows)
-    fail(op, ": expected bank to have at least ", kFewestPreparedRows, " rows, got ", known.rows.count, ".");
+  check_prepared_size(known.rows, op);
   check_vector(center, ScalarType::Double, dim, op, "center", "float64");
-  if (!matrix.is_cpu() || matrix.scalar_type() != ScalarType::Short || matrix.dim() != 2 || matrix.size(1) != dim || !matrix.is_contiguous())
-    fail(op, ": expected matrix to be a contiguous int16 CPU tensor of shape [outputs, ", dim, "], got shape ", shape_of(matrix), ".");
+  check_matrix_on(kDevice, matrix, ScalarType::Short, dim, op, "int16", "outputs");
   check_vector(order, ScalarType::Int, known.rows.count, op, "order", "int32");
   check_permutation(static_cast<const int32_t*>(order.const_data_ptr()), known.rows.count, op, "order");
   const int64_t outputs = matrix.size(0);
@@ -311,16 +256,26 @@ Tensor prepare_bank(const Tensor& bank, const Tensor& center, const Tensor& matr
   return prepared;
 }
 
-// The memory of a prepared bank; null where there is none.
-const void* prepared_memory(const std::optional<Tensor>& prepared, const Rows& bank, const char* op) {
-  if (!prepared.has_value()) return nullptr;
+struct Prepared {
+  std::optional<Tensor> keep_alive;  // holds the memory that `memory` points to
+  const void* memory;                // null where there is none
+};
+
+// A prepared bank. It is copied where it does not lie at a multiple of 64 bytes: the constants of an AOTInductor package lie anywhere.
+Prepared prepared_of(const std::optional<Tensor>& prepared, const Rows& bank, const char* op) {
+  if (!prepared.has_value()) return {std::nullopt, nullptr};
   if (prepared->dim() != 1) fail(op, ": expected prepared to come from prepare_bank, got shape ", shape_of(*prepared), ".");
-  check_vector(*prepared, ScalarType::Byte, prepared->size(0), op, "prepared", "uint8");
-  const void* memory = prepared->const_data_ptr();
-  if (reinterpret_cast<uintptr_t>(memory) % 64 != 0) fail(op, ": expected prepared to be aligned to 64 bytes; pass what prepare_bank gave.");
-  if (!prepared_bank_fits(bank, memory, prepared->size(0)))
-    fail(op, ": expected prepared to come from prepare_bank of the same bank, got ", prepared->size(0), " bytes of another.");
-  return memory;
+  const int64_t bytes = prepared->size(0);
+  check_vector(*prepared, ScalarType::Byte, bytes, op, "prepared", "uint8");
+  Tensor usable = *prepared;
+  if (reinterpret_cast<uintptr_t>(usable.const_data_ptr()) % 64 != 0) {
+    usable = empty({bytes}, ScalarType::Byte);
+    std::memcpy(usable.mutable_data_ptr(), prepared->const_data_ptr(), static_cast<size_t>(bytes));
+  }
+  const void* memory = usable.const_data_ptr();
+  if (!prepared_bank_fits(bank, memory, bytes))
+    fail(op, ": expected prepared to come from prepare_bank of the same bank, got ", bytes, " bytes of another.");
+  return {usable, memory};
 }
 
 std::tuple<Tensor, Tensor> nearest_neighbors(const Tensor& queries, const Tensor& bank, int64_t k, std::optional<Tensor> prepared) {
@@ -328,8 +283,9 @@ std::tuple<Tensor, Tensor> nearest_neighbors(const Tensor& queries, const Tensor
   const Feature asked = features_of(queries, op, "queries");
   const Feature known = features_of(bank, op, "bank");
   check_same_dim(asked.rows, "queries", known.rows, "bank", op);
-  if (k < 1 || k > known.rows.count) fail(op, ": expected k to lie in [1, ", known.rows.count, "], the rows of the bank, got ", k, ".");
-  const void* codes = prepared_memory(prepared, known.rows, op);
+  check_k(k, known.rows, op);
+  const Prepared copies = prepared_of(prepared, known.rows, op);
+  const void* codes = copies.memory;
   const Parallel parallel = torch_threads(asked.rows.count * known.rows.count * known.rows.dim);
   Tensor squared_distances = empty({asked.rows.count, k}, ScalarType::Double);
   Tensor indices = empty({asked.rows.count, k}, ScalarType::Long);
@@ -350,29 +306,19 @@ std::tuple<Tensor, Tensor> nearest_neighbors(const Tensor& queries, const Tensor
 Tensor image_scores(const Tensor& squared_distances, const Tensor& nearest_indices, const Tensor& queries, const Tensor& bank, int64_t num_neighbors,
                     std::optional<Tensor> prepared) {
   const char* op = "image_scores";
-  if (squared_distances.dim() != 2 || squared_distances.size(1) < 1 || squared_distances.scalar_type() != ScalarType::Double ||
-      !squared_distances.is_cpu() || !squared_distances.is_contiguous()) {
-    fail(op, ": expected squared_distances to be a contiguous float64 CPU tensor of shape [batch, patches >= 1], got shape ",
-         shape_of(squared_distances), ".");
-  }
+  check_nearest_on(kDevice, squared_distances, nearest_indices, op);
   const int64_t batch = squared_distances.size(0), num_patches = squared_distances.size(1);
-  if (nearest_indices.dim() != 2 || nearest_indices.size(0) != batch || nearest_indices.size(1) != num_patches ||
-      nearest_indices.scalar_type() != ScalarType::Long || !nearest_indices.is_cpu() || !nearest_indices.is_contiguous()) {
-    fail(op, ": expected nearest_indices to be a contiguous int64 CPU tensor of shape ", shape_of(squared_distances), ", got shape ",
-         shape_of(nearest_indices), ".");
-  }
   const Feature asked = features_of(queries, op, "queries");
   const Feature known = features_of(bank, op, "bank");
-  check_same_dim(asked.rows, "queries", known.rows, "bank", op);
-  if (asked.rows.count != batch * num_patches) fail(op, ": expected queries to have ", batch * num_patches, " rows, got ", asked.rows.count, ".");
-  if (num_neighbors < 1) fail(op, ": expected num_neighbors to be at least 1, got ", num_neighbors, ".");
+  check_scored(asked.rows, known.rows, batch * num_patches, num_neighbors, op);
   const int64_t* nearest = static_cast<const int64_t*>(nearest_indices.const_data_ptr());
   for (int64_t i = 0; i < batch * num_patches; ++i) {
     if (nearest[i] < 0 || nearest[i] >= known.rows.count) {
       fail(op, ": expected nearest_indices to lie in [0, ", known.rows.count, "), the rows of the bank, got ", nearest[i], ".");
     }
   }
-  const void* codes = prepared_memory(prepared, known.rows, op);
+  const Prepared copies = prepared_of(prepared, known.rows, op);
+  const void* codes = copies.memory;
   const Parallel parallel = torch_threads(batch * known.rows.count * known.rows.dim);
   const Workspace memory(image_scores_workspace_bytes(asked.rows, known.rows, codes, num_neighbors, parallel));
   Tensor scores = empty({batch}, ScalarType::Float);

@@ -272,8 +272,8 @@ struct EdgePolicy {
 };
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, 2)
-    edges_kernel(const __grid_constant__ FilterArguments p, const EdgePolicy policy, const Progress* progress) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    edges_kernel(const __grid_constant__ FilterArguments p, const __grid_constant__ EdgePolicy policy, const Progress* progress) {
   PATCHCORE_DYNAMIC_SHARED(shared);
   if (progress->done != 0) return;
   filter_block<S>(p, policy, shared);
@@ -331,7 +331,8 @@ struct UpdatePolicy {
 };
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_constant__ FilterArguments p, const UpdatePolicy policy) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    update_kernel(const __grid_constant__ FilterArguments p, const __grid_constant__ UpdatePolicy policy) {
   PATCHCORE_DYNAMIC_SHARED(shared);
   filter_block<S>(p, policy, shared);
 }
@@ -568,12 +569,21 @@ int64_t coreset_codes_bytes(int64_t count, int64_t dim) {
   return pieces.used();
 }
 
-int64_t coreset_codes_workspace_bytes() { return kSampleRows * static_cast<int64_t>(sizeof(double)); }
+int64_t coreset_codes_workspace_bytes(int64_t dim) {
+  Pieces pieces(nullptr);
+  pieces.take<double>(kSampleRows);
+  pieces.take<double>(dim);
+  return pieces.used();
+}
 
 cudaError_t coreset_codes_cuda(const Rows& rows, const double* center, void* workspace, void* codes, int32_t* flags, cudaStream_t stream) {
+  Pieces pieces(workspace);
+  double* sample = pieces.take<double>(kSampleRows);
+  double* mean = pieces.take<double>(rows.dim);
   const CoresetCodes at = coreset_codes_at(rows.count, rows.dim, codes);
-  const Encoding encoding = {center, at.scales, nullptr};
-  PATCHCORE_CUDA_TRY(choose_scales(rows, encoding, {}, {}, static_cast<double*>(workspace), at.scales, flags, stream));
+  const Encoding encoding = {center == nullptr ? mean : center, at.scales, nullptr};
+  if (center == nullptr) PATCHCORE_CUDA_TRY(mean_of_sample(rows, mean, stream));
+  PATCHCORE_CUDA_TRY(choose_scales(rows, encoding, {}, {}, sample, at.scales, flags, stream));
   return encode_rows(rows, nullptr, rows.count, encoding, {}, at.rows, {}, {}, flags, stream);
 }
 

@@ -1,10 +1,10 @@
 // The certified filter: which pairs of rows of A and rows of B can a decision depend on? (filter.h has the proofs of all bounds.)
 //
 // A block scans the tiles of its share of B for its 128 rows of A (tile_scan.cuh). A pair whose integer product reaches its row's floor survives, as
-// a bit in shared memory: a fixed size, so nothing can overflow. Every kGroup tiles the survivors are looked at: a warp owns a row, its two halves
-// take a survivor each. Where the first comparison was by a prefix, the codes of all coordinates are compared next; what is left gets its canonical
-// distance, and the policy decides. A row's state has one owner at any time, so there are no atomics on distances, and results do not depend on the
-// order of blocks, warps or tiles.
+// a bit in shared memory: a fixed size, so nothing can overflow. Every kGroup tiles, and at the end, the survivors are looked at: a warp owns a row,
+// its two halves take a survivor each. Where the first comparison was by a prefix, the codes of all coordinates are compared next; what is left gets
+// its canonical distance, and the policy decides. A row's state has one owner at any time, so there are no atomics on distances, and results do not
+// depend on the order of blocks, warps or tiles.
 //
 // A policy is what the survivors are for:
 //   kStrict                                   whether only smaller distances count (update_reach) or equal ones too (search_reach)
@@ -21,7 +21,7 @@ namespace patchcore::cuda {
 constexpr int kGroup = 4;                         // tiles between two looks at the survivors
 constexpr int kTileWords = kTileColumns / 32;     // words of survivor bits of a row and tile
 constexpr int kGroupWords = kGroup * kTileWords;  // at most 32: a lane reads a word
-static_assert(kGroupWords <= kWarp);
+static_assert(kGroupWords <= kWarp && (kGroup & (kGroup - 1)) == 0);
 
 // One side of the comparison: codes that are scanned, and where there are others, those that are looked up.
 struct FilterSide {
@@ -59,6 +59,7 @@ struct RowState {
   int32_t* floors;      // [kTileRows]
   uint32_t* survivors;  // [kTileRows, kGroupWords]
   int32_t* any;
+  float* tile_residual;  // the largest residual of the block's share of B
 };
 
 constexpr int kRowStateBytes = kTileRows * (8 + 4 + 4 * kGroupWords) + 16;
@@ -69,6 +70,7 @@ __device__ __forceinline__ RowState row_state_at(char* shared) {
   state.floors = reinterpret_cast<int32_t*>(state.keys + kTileRows);
   state.survivors = reinterpret_cast<uint32_t*>(state.floors + kTileRows);
   state.any = reinterpret_cast<int32_t*>(state.survivors + kTileRows * kGroupWords);
+  state.tile_residual = reinterpret_cast<float*>(state.any + 1);
   return state;
 }
 
@@ -101,11 +103,12 @@ __device__ __forceinline__ int32_t half_warp_dot(const int8_t* a, const int8_t* 
   return dot;
 }
 
-// Looks at the survivors of a group of tiles, which begins at tile `tile` of B and goes on in steps of one. Not inlined: the sums of the scan are
+// Looks at the survivors of a group of kGroup tiles, which begins at tile `tile` of B. Not inlined: the sums of the scan are
 // dead here, so the call costs nothing and keeps the scan free of spills.
 template <class Policy>
-__device__ __noinline__ void look_at_survivors(const FilterArguments& p, const Policy& policy, const RowState& state, int64_t first_row, int tile,
-                                               float tile_residual) {
+__device__ __noinline__ void look_at_survivors(const FilterArguments& p, const Policy& policy, char* shared, int tile) {
+  const RowState state = row_state_at(shared);
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTileRows;
   const int lane = lane_of_thread(), half = lane / kLanes;
   const bool second = p.a.full.depth > 0;
   for (int r = warp_of_thread(); r < kTileRows; r += kThreads / kWarp) {
@@ -151,7 +154,8 @@ __device__ __noinline__ void look_at_survivors(const FilterArguments& p, const P
     if (lane != 0) continue;
     if (key != state.keys[r]) {
       state.keys[r] = key;
-      state.floors[r] = floor_of<Policy::kStrict>(key, p.a.first.residuals[row], p.a.first.norms[row], tile_residual, *p.first_per_unit, p.slack);
+      state.floors[r] =
+          floor_of<Policy::kStrict>(key, p.a.first.residuals[row], p.a.first.norms[row], *state.tile_residual, *p.first_per_unit, p.slack);
     }
     if (p.canonical != nullptr) atomicAdd(p.canonical, canonical);
   }
@@ -187,7 +191,9 @@ __device__ __forceinline__ void start_rows(const FilterArguments& p, int64_t cou
                           : INT32_MAX;
   }
   for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kGroupWords; i += kThreads) state.survivors[i] = 0;
-  if (threadIdx.x == 0) *state.any = 0;
+  if (threadIdx.x != 0) return;
+  *state.any = 0;
+  *state.tile_residual = tile_residual;
 }
 
 // Sets the survivors' bits of one tile; word: where the tile's words begin in a row's.
@@ -211,8 +217,11 @@ __device__ __forceinline__ void mark_survivors(const typename S::Sums& sums, con
 #pragma unroll
         for (int n = 0; n < 4; ++n)
 #pragma unroll
-          for (int e = 0; e < 2; ++e) bits |= static_cast<uint32_t>(sums[m][w * 4 + n][h * 2 + e] >= floor) << (S::column_of(w * 4 + n, e) % 32);
-        if (bits != 0) atomicOr(&state.survivors[row * kGroupWords + word + S::column_of(w * 4, 0) / 32], bits);
+          for (int e = 0; e < 2; ++e) bits |= sums[m][w * 4 + n][h * 2 + e] >= floor ? 1u << (n * 8 + e) : 0u;
+        // column_of(4 w + n, e) % 32 is 8 n + e and the lane's own part
+        if (bits != 0)
+          atomicOr(&state.survivors[row * kGroupWords + word + warp_of_thread() % S::kWarpsAcross * (S::kWarpColumns / 32) + w],
+                   bits << (lane_of_thread() % 4 * 2));
       }
       *state.any = 1;  // all who write write the same
     }
@@ -227,16 +236,16 @@ __device__ __forceinline__ void filter_block(const FilterArguments& p, const Pol
   const TileRange range = share_of_block(count_b, p.tiles_per_split);
   if (first_row >= count_a || range.count == 0) return;  // the whole block
   const RowState state = row_state_at(shared + S::kSharedBytes);
-  const float tile_residual = largest_residual(p.b.first.tile_residuals, range);
-  start_rows(p, count_a, policy, state, first_row, tile_residual);
+  start_rows(p, count_a, policy, state, first_row, largest_residual(p.b.first.tile_residuals, range));
   const ScanOperands operands = {p.a.first.codes, p.b.first.codes, p.b.first.starts, p.a.first.depth};
+  const int last = range.first + range.count - 1;
   scan_tiles<S>(operands, shared, first_row, range, [&](const typename S::Sums& sums, int tile) {
-    const int index = tile - range.first;
-    mark_survivors<S>(sums, state, index % kGroup * kTileWords);
-    if (index % kGroup != kGroup - 1 && index != range.count - 1) return;
+    const int place = tile & (kGroup - 1);  // in the group
+    mark_survivors<S>(sums, state, place * kTileWords);
+    if (place != kGroup - 1 && tile != last) return;
     __syncthreads();              // all bits of the group are set
     if (*state.any == 0) return;  // in all threads alike
-    look_at_survivors(p, policy, state, first_row, tile - index % kGroup, tile_residual);
+    look_at_survivors(p, policy, shared + S::kSharedBytes, tile - place);
     __syncthreads();                       // floors are lowered and bits cleared; everybody has read `any`
     if (threadIdx.x == 0) *state.any = 0;  // written again after the next chunk's barrier
   });

@@ -36,9 +36,9 @@ int64_t update_min_distances_workspace_bytes(const Rows& rows, const Rows& cente
 cudaError_t update_min_distances_cuda(const Rows& rows, const Rows& centers, void* workspace, double* min_squared_distances, int32_t* flags,
                                       cudaStream_t stream);
 
-// The int8 copy of the rows: codes [coreset_codes_bytes]. center [dim] in float64. 1 <= rows.dim <= kMaxFilterDim (filter.h).
+// The int8 copy of the rows: codes [coreset_codes_bytes]. center [dim]; null: the mean of a sample. 1 <= rows.dim <= kMaxFilterDim (filter.h).
 int64_t coreset_codes_bytes(int64_t count, int64_t dim);
-int64_t coreset_codes_workspace_bytes();
+int64_t coreset_codes_workspace_bytes(int64_t dim);
 cudaError_t coreset_codes_cuda(const Rows& rows, const double* center, void* workspace, void* codes, int32_t* flags, cudaStream_t stream);
 
 // Makes rows picks[0 .. count) centres: all rows are lowered by them, and they are marked kPicked. The picks must be rows.

@@ -54,8 +54,8 @@ __device__ __forceinline__ unsigned long long near_code(int sum, int64_t place) 
 
 // The bank row with the largest a . b - n_b / 2 by codes, that is the nearest one, in each share of the bank.
 template <class S>
-__global__ void __launch_bounds__(kThreads, 2) near_codes_kernel(const ScanOperands operands, int64_t num_places, int64_t chunk, int tiles_per_split,
-                                                                 int tile_step, unsigned long long* near_codes) {
+__global__ void __launch_bounds__(kThreads, kBlocks) near_codes_kernel(const ScanOperands operands, int64_t num_places, int64_t chunk,
+                                                                       int tiles_per_split, int tile_step, unsigned long long* near_codes) {
   PATCHCORE_DYNAMIC_SHARED(shared);
   auto* best = reinterpret_cast<unsigned long long*>(shared + S::kSharedBytes);  // [kTileRows]
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTileRows;
@@ -141,14 +141,15 @@ struct NearestPolicy {
   const int32_t* seed_begin;
   const double* seed_keys;
   const int32_t* seed_rows;
-  double* distances;  // [chunk, k], this share's
+  double* distances;  // [shares, chunk, k]
   int32_t* rows;
+  int64_t share_stride;  // chunk * k
 
   __device__ double key(int64_t query) const { return seed_keys[query]; }
   __device__ bool wants(int64_t query, int64_t place) const { return place < seed_begin[query] || place >= seed_begin[query] + k; }
   __device__ double offer(int64_t query, double, int32_t, int32_t row, double distance) const {
-    double* list = distances + query * k;
-    int32_t* list_rows = rows + query * k;
+    double* list = distances + blockIdx.y * share_stride + query * k;
+    int32_t* list_rows = rows + blockIdx.y * share_stride + query * k;
     double last = list[k - 1], bound = seed_keys[query];
     int32_t last_row = list_rows[k - 1];
     const int32_t bound_row = seed_rows[query];
@@ -162,23 +163,24 @@ struct NearestPolicy {
 };
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, 2) nearest_kernel(const __grid_constant__ FilterArguments p, NearestPolicy policy, int64_t list_stride) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    nearest_kernel(const __grid_constant__ FilterArguments p, const __grid_constant__ NearestPolicy policy) {
   PATCHCORE_DYNAMIC_SHARED(shared);
   if (p.evidence.speaks_against()) return;
-  policy.distances += blockIdx.y * list_stride;
-  policy.rows += blockIdx.y * list_stride;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileRows * policy.k, end = p.count_a * policy.k;
-  for (int64_t i = first + threadIdx.x; i < first + kTileRows * policy.k && i < end; i += kThreads) {
-    policy.distances[i] = INFINITY;
-    policy.rows[i] = kNoRow;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileRows * policy.k, all = p.count_a * policy.k;
+  const int64_t end = first + kTileRows * policy.k < all ? first + kTileRows * policy.k : all;
+  for (int64_t i = first + threadIdx.x; i < end; i += kThreads) {
+    policy.distances[blockIdx.y * policy.share_stride + i] = INFINITY;
+    policy.rows[blockIdx.y * policy.share_stride + i] = kNoRow;
   }
   filter_block<S>(p, policy, shared);
 }
 
 // Tries the prefix on a few tiles: *survivors += the pairs that it leaves.
 template <class S>
-__global__ void __launch_bounds__(kThreads, 2)
-    trial_kernel(const __grid_constant__ FilterArguments p, const NearestPolicy policy, const TileRange range, unsigned long long* survivors) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    trial_kernel(const __grid_constant__ FilterArguments p, const __grid_constant__ NearestPolicy policy, const TileRange range,
+                 unsigned long long* survivors) {
   PATCHCORE_DYNAMIC_SHARED(shared);
   const RowState state = row_state_at(shared + S::kSharedBytes);
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTileRows;
@@ -286,25 +288,22 @@ cudaError_t find_near_codes(const CodeRows& queries, const CodeRows& bank, int64
 }
 
 template <class S>
-cudaError_t filter(const FilterArguments& arguments, const NearestPolicy& policy, int64_t list_stride, const Split& split, cudaStream_t stream) {
+cudaError_t filter(const FilterArguments& arguments, const NearestPolicy& policy, const Split& split, cudaStream_t stream) {
   PATCHCORE_CUDA_TRY(allow_shared(nearest_kernel<S>, filter_shared_bytes<S>()));
   const dim3 grid(static_cast<unsigned>(blocks_of(arguments.count_a, kTileRows)), static_cast<unsigned>(split.splits));
-  PATCHCORE_LAUNCH((nearest_kernel<S>), grid, dim3(kThreads), filter_shared_bytes<S>(), stream, arguments, policy, list_stride);
+  PATCHCORE_LAUNCH((nearest_kernel<S>), grid, dim3(kThreads), filter_shared_bytes<S>(), stream, arguments, policy);
   return cudaGetLastError();
 }
 
-cudaError_t filter_by_all(const FilterArguments& arguments, const NearestPolicy& policy, int64_t list_stride, const Split& split,
-                          cudaStream_t stream) {
-  return arguments.a.first.depth == 64 ? filter<Scan<64>>(arguments, policy, list_stride, split, stream)
-                                       : filter<Scan<0>>(arguments, policy, list_stride, split, stream);
+cudaError_t filter_by_all(const FilterArguments& arguments, const NearestPolicy& policy, const Split& split, cudaStream_t stream) {
+  return arguments.a.first.depth == 64 ? filter<Scan<64>>(arguments, policy, split, stream) : filter<Scan<0>>(arguments, policy, split, stream);
 }
 
 // The filter by the prefix, by all coordinates, or whichever a trial speaks for.
 cudaError_t filter_bank(FilterArguments by_prefix, FilterArguments by_all, const NearestPolicy& policy, int prefix, const Split& split,
                         const SearchMemory& memory, cudaStream_t stream) {
-  const int64_t stride = memory.chunk * policy.k;
-  if (by_prefix.a.first.depth == 0 || prefix < 0) return filter_by_all(by_all, policy, stride, split, stream);
-  if (prefix > 0) return filter<Scan<kPrefixDepth>>(by_prefix, policy, stride, split, stream);
+  if (by_prefix.a.first.depth == 0 || prefix < 0) return filter_by_all(by_all, policy, split, stream);
+  if (prefix > 0) return filter<Scan<kPrefixDepth>>(by_prefix, policy, split, stream);
   using S = Scan<kPrefixDepth>;
   const int tiles = static_cast<int>(blocks_of(by_prefix.count_b, kTileColumns)), tried = tiles < kTrialTiles ? tiles : kTrialTiles;
   const int64_t all_blocks = blocks_of(by_prefix.count_a, kTileRows), blocks = all_blocks < kTrialBlocks ? all_blocks : kTrialBlocks;
@@ -317,8 +316,8 @@ cudaError_t filter_bank(FilterArguments by_prefix, FilterArguments by_all, const
   const auto limit = static_cast<unsigned long long>(rows * tried * kTileColumns / kPrefixPays);
   by_prefix.evidence = {memory.survivors, limit, true};
   by_all.evidence = {memory.survivors, limit, false};
-  PATCHCORE_CUDA_TRY(filter<S>(by_prefix, policy, stride, split, stream));
-  return filter_by_all(by_all, policy, stride, split, stream);
+  PATCHCORE_CUDA_TRY(filter<S>(by_prefix, policy, split, stream));
+  return filter_by_all(by_all, policy, split, stream);
 }
 
 cudaError_t search_chunk(const Rows& queries, const int32_t* map, int64_t count, const Bank& bank, int64_t k, int prefix, const SearchMemory& memory,
@@ -333,7 +332,8 @@ cudaError_t search_chunk(const Rows& queries, const int32_t* map, int64_t count,
   PATCHCORE_LAUNCH((seed_runs_kernel), warps, dim3(kThreads), 0, stream, queries, map, count, bank.rows, bank.order, k, split.splits, memory);
   PATCHCORE_CUDA_TRY(cudaGetLastError());
   const int64_t stride = memory.chunk * k;
-  const NearestPolicy policy = {k, memory.seed_begin, memory.seed_keys, memory.seed_rows, memory.list_distances + stride, memory.list_rows + stride};
+  const NearestPolicy policy = {
+      k, memory.seed_begin, memory.seed_keys, memory.seed_rows, memory.list_distances + stride, memory.list_rows + stride, stride};
   FilterArguments by_all = {};
   by_all.a = {memory.full, CodeRows{}, queries, map};
   by_all.b = {bank.full, CodeRows{}, bank.rows, bank.order};

@@ -3,8 +3,8 @@
 //
 //                B: a tile of 128 rows                A block of 8 warps owns 128 rows of A and walks over its share of B's tiles. A warp computes
 //              +------+------+------+------+          64 x 32 (depth 64: 32 x 64) of a tile with mma m16n8k32. Codes come in chunks of 64 bytes,
-//   A: 128     | 64x32                     |          kStages of them in flight (cp.async). A of a depth known at compile time stays: in shared
-//   rows       +------+                    |          memory, or for depth 64 in registers; else it is streamed with B, through the caches.
+//   A: 128     | 64x32                     |          kStages of them in flight (cp.async). A of a depth known at compile time stays in
+//   rows       +------+                    |          shared memory; else it is streamed with B, through the caches.
 //              +------+------+------+------+
 //
 // Accumulators start at -floor(n_y / 2), filter.h: a pair survives iff its sum reaches the row's floor, which costs one maximum a pair. For depth 64
@@ -23,13 +23,20 @@ constexpr int kTileRows = 128;     // of A, a block's
 constexpr int kTileColumns = 128;  // rows of B in a tile
 constexpr int kChunk = 64;         // bytes of a row that are loaded together; depths are multiples of it
 constexpr int kThreads = 256;
+// Blocks that shall fit a multiprocessor at once: two have 128 registers a thread. sm_75 has shared memory for one, and its copies pass through
+// registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kBlocks = 1;
+#else
+constexpr int kBlocks = 2;
+#endif
 
 // The shape of a scan. kDepth: bytes of a row, 0 when known at run time only.
 template <int kDepth_>
 struct Scan {
   static constexpr int kDepth = kDepth_;
-  static constexpr bool kRegisters = kDepth == kChunk;  // A in registers
-  static constexpr int kWarpRows = kRegisters ? 32 : 64, kWarpColumns = kRegisters ? 64 : 32;
+  static constexpr bool kStartsAsOperand = kDepth == kChunk;  // one chunk a tile
+  static constexpr int kWarpRows = kStartsAsOperand ? 32 : 64, kWarpColumns = kStartsAsOperand ? 64 : 32;
   static constexpr int kRowSteps = kWarpRows / 16, kColumnSteps = kWarpColumns / 8;
   static constexpr int kWarpsAcross = kTileColumns / kWarpColumns;
   static constexpr int kStages = 3;
@@ -67,56 +74,57 @@ __device__ __forceinline__ void scan_tiles(const ScanOperands& p, char* shared, 
   char* const shared_a = shared;
   char* const shared_b = shared + S::kBytesA;
   int32_t* const starts = reinterpret_cast<int32_t*>(shared_b + S::kBytesB);
-  const int64_t depth = S::kDepth > 0 ? S::kDepth : p.depth;
-  const int chunks = static_cast<int>(depth / kChunk), steps = range.count * chunks;
+  const int depth = S::kDepth > 0 ? S::kDepth : static_cast<int>(p.depth), chunks = depth / kChunk;
   const int thread = static_cast<int>(threadIdx.x), lane = lane_of_thread();
-  const int warp_row = warp_of_thread() / S::kWarpsAcross * S::kWarpRows, warp_column = warp_of_thread() % S::kWarpsAcross * S::kWarpColumns;
 
-  // Step i loads chunk i % chunks of the range's tile i / chunks. A thread copies units of 16 bytes: unit thread % 4 of rows thread / 4 and 64 more.
-  int loaded_tile = 0, loaded_chunk = 0, load_stage = 0;
-  const auto load = [&] {
-    if (loaded_tile < range.count) {
-      const int64_t tile = range.first + static_cast<int64_t>(loaded_tile) * range.step;
-      const int8_t* from_b = p.b + (tile * kTileColumns + thread / 4) * depth + loaded_chunk * kChunk + thread % 4 * 16;
-      char* to_b = shared_b + load_stage * kTileColumns * kChunk + swizzled(thread / 4, thread % 4);  // 64 rows on: the same swizzle
-      cp_async16(to_b, from_b);
-      cp_async16(to_b + 64 * kChunk, from_b + 64 * depth);
-      if (S::kDepth == 0 || loaded_tile == 0) {
-        const int8_t* from_a = p.a + (row + thread / 4) * depth + loaded_chunk * kChunk + thread % 4 * 16;
-        char* to_a = shared_a + (S::kDepth == 0 ? load_stage : loaded_chunk) * kTileRows * kChunk + swizzled(thread / 4, thread % 4);
+  // Chunks are loaded in the order they are used in, kStages - 1 ahead. A thread copies units of 16 bytes: unit thread % 4 of row
+  // thread / 4 and of the row 64 behind it, which has the same swizzle.
+  const int8_t* next_b = p.b + (static_cast<int64_t>(range.first) * kTileColumns + thread / 4) * depth + thread % 4 * 16;
+  const int own = swizzled(thread / 4, thread % 4);
+  int left = range.count, loaded_chunk = 0;  // tiles still to be loaded, the current one included
+  const auto load = [&](int stage) {
+    if (left > 0) {
+      char* to_b = shared_b + stage * kTileColumns * kChunk + own;
+      cp_async16(to_b, next_b);
+      cp_async16(to_b + 64 * kChunk, next_b + 64 * depth);
+      if (S::kDepth == 0 || left == range.count) {
+        const int8_t* from_a = p.a + (row + thread / 4) * depth + thread % 4 * 16 + loaded_chunk * kChunk;
+        char* to_a = shared_a + (S::kDepth == 0 ? stage : loaded_chunk) * kTileRows * kChunk + own;
         cp_async16(to_a, from_a);
         cp_async16(to_a + 64 * kChunk, from_a + 64 * depth);
       }
-      if (loaded_chunk == 0 && thread < kTileColumns / 2)
-        cp_async16(starts + (loaded_tile % kStages * kTileColumns + thread * 2) * 2, p.b_starts + (tile * kTileColumns + thread * 2) * 2);
+      // A tile's starts lie in the stage of its first chunk, and are read before that stage is loaded again.
+      if (loaded_chunk == 0 && thread < kTileColumns / 2) {
+        const int64_t tile = range.first + static_cast<int64_t>(range.count - left) * range.step;
+        cp_async16(starts + (stage * kTileColumns + thread * 2) * 2, p.b_starts + (tile * kTileColumns + thread * 2) * 2);
+      }
+      next_b += kChunk;
       if (++loaded_chunk == chunks) {
         loaded_chunk = 0;
-        ++loaded_tile;
+        --left;
+        next_b += (static_cast<int64_t>(range.step) * kTileColumns - 1) * depth;
       }
-      load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
     }
     cp_async_commit();
   };
-  for (int s = 0; s < kStages - 1; ++s) load();
+  for (int s = 0; s < kStages - 1; ++s) load(s);
 
-  typename S::Sums sums;
-  uint32_t kept_a[S::kRegisters ? S::kRowSteps : 1][kChunk / 32][4];
-  int tile_index = 0, chunk = 0, stage = 0;
-  for (int step = 0; step < steps; ++step) {
+  // Where this lane reads in a chunk, for k = 0 and the warp's first fragment. The others lie 16 rows on, with the same swizzle; the second half of
+  // the chunk is two units on, which in a swizzled row is bit 5 of the address flipped.
+  const int own_a = swizzled(warp_of_thread() / S::kWarpsAcross * S::kWarpRows + lane % 16, lane / 16);
+  const int own_b = swizzled(warp_of_thread() % S::kWarpsAcross * S::kWarpColumns + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  int stage = 0;
+  const auto next_chunk = [&] {
     cp_async_wait<kStages - 2>();  // this thread's part of the chunk has landed,
     __syncthreads();               // so have the others', and nobody reads the stage any more that is loaded next
-    load();
-    const char* chunk_a = shared_a + (S::kDepth == 0 ? stage : chunk) * kTileRows * kChunk;
-    const char* chunk_b = shared_b + stage * kTileColumns * kChunk;
-    const int32_t* tile_starts = starts + tile_index % kStages * kTileColumns * 2;
-    if (S::kRegisters && step == 0) {
-#pragma unroll
-      for (int m = 0; m < S::kRowSteps; ++m)
-#pragma unroll
-        for (int k = 0; k < kChunk / 32; ++k)
-          ldmatrix_x4(kept_a[S::kRegisters ? m : 0][k], chunk_a + swizzled(warp_row + m * 16 + lane % 16, k * 2 + lane / 16));
-    }
-    if (!S::kRegisters && chunk == 0) {
+    load(stage == 0 ? kStages - 1 : stage - 1);
+  };
+  const int end = range.first + range.count * range.step;
+  for (int tile = range.first; tile != end; tile += range.step) {
+    const int32_t* tile_starts = starts + stage * kTileColumns * 2;
+    typename S::Sums sums;  // set before they are added to, dead behind finish, which may therefore call what it likes
+    next_chunk();
+    if constexpr (!S::kStartsAsOperand) {
 #pragma unroll
       for (int n = 0; n < S::kColumnSteps; ++n) {
         const int4 start = *reinterpret_cast<const int4*>(tile_starts + S::column_of(n, 0) * 2);
@@ -127,35 +135,55 @@ __device__ __forceinline__ void scan_tiles(const ScanOperands& p, char* shared, 
         }
       }
     }
+    for (int chunk = 0;;) {
+      const char* chunk_a = shared_a + (S::kDepth == 0 ? stage : chunk) * kTileRows * kChunk;
+      const char* chunk_b = shared_b + stage * kTileColumns * kChunk;
+      stage = stage + 1 == kStages ? 0 : stage + 1;
 #pragma unroll
-    for (int k = 0; k < kChunk / 32; ++k) {
-      uint32_t b[S::kColumnSteps / 2][4];
+      for (int k = 0; k < kChunk / 32; ++k) {
+        // The side with fewer fragments is held, the other goes by: that keeps registers free.
+        const auto load_a = [&](uint32_t (&a)[4], int m) { ldmatrix_x4(a, chunk_a + (own_a ^ k * 32) + m * 16 * kChunk); };
+        const auto load_b = [&](uint32_t (&b)[4], int n) {  // of columns 16 n .. 16 n + 15: b0, b1 of the first eight, b0, b1 of the others
+          ldmatrix_x4(b, chunk_b + (own_b ^ k * 32) + n * 16 * kChunk);
+        };
+        if constexpr (S::kStartsAsOperand) {
+          uint32_t a[S::kRowSteps][4];
 #pragma unroll
-      for (int n = 0; n < S::kColumnSteps / 2; ++n)  // two steps of columns at a time: b0, b1 of the one, b0, b1 of the other
-        ldmatrix_x4(b[n], chunk_b + swizzled(warp_column + n * 16 + lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2));
+          for (int m = 0; m < S::kRowSteps; ++m) load_a(a[m], m);
 #pragma unroll
-      for (int m = 0; m < S::kRowSteps; ++m) {
-        uint32_t streamed[4];
-        if constexpr (!S::kRegisters) ldmatrix_x4(streamed, chunk_a + swizzled(warp_row + m * 16 + lane % 16, k * 2 + lane / 16));
-        const uint32_t (&a)[4] = S::kRegisters ? kept_a[S::kRegisters ? m : 0][k] : streamed;
+          for (int n = 0; n < S::kColumnSteps; n += 2) {
+            uint32_t b[4];
+            load_b(b, n / 2);
 #pragma unroll
-        for (int n = 0; n < S::kColumnSteps; ++n) {
-          const uint32_t b0 = b[n / 2][n % 2 * 2], b1 = b[n / 2][n % 2 * 2 + 1];
-          if (S::kRegisters && k == 0) {
-            const int4 start = *reinterpret_cast<const int4*>(tile_starts + S::column_of(n, 0) * 2);
-            const int quad[4] = {start.x, start.y, start.z, start.w};
-            mma_s8(sums[m][n], a, b0, b1, quad);
-          } else {
-            mma_s8(sums[m][n], a, b0, b1, sums[m][n]);
+            for (int e = 0; e < 2; ++e) {
+              const int4 start = *reinterpret_cast<const int4*>(tile_starts + S::column_of(n + e, 0) * 2);
+              const int quad[4] = {start.x, start.y, start.z, start.w};
+#pragma unroll
+              for (int m = 0; m < S::kRowSteps; ++m) {
+                if (k == 0)
+                  mma_s8(sums[m][n + e], a[m], b[2 * e], b[2 * e + 1], quad);
+                else
+                  mma_s8(sums[m][n + e], a[m], b[2 * e], b[2 * e + 1], sums[m][n + e]);
+              }
+            }
+          }
+        } else {
+          uint32_t b[S::kColumnSteps / 2][4];
+#pragma unroll
+          for (int n = 0; n < S::kColumnSteps / 2; ++n) load_b(b[n], n);
+#pragma unroll
+          for (int m = 0; m < S::kRowSteps; ++m) {
+            uint32_t a[4];
+            load_a(a, m);
+#pragma unroll
+            for (int n = 0; n < S::kColumnSteps; ++n) mma_s8(sums[m][n], a, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1], sums[m][n]);
           }
         }
       }
+      if (S::kStartsAsOperand || ++chunk == chunks) break;
+      next_chunk();
     }
-    stage = stage + 1 == kStages ? 0 : stage + 1;
-    if (++chunk < chunks) continue;
-    chunk = 0;
-    finish(sums, range.first + tile_index * range.step);
-    ++tile_index;
+    finish(sums, tile);
   }
   cp_async_wait<0>();
 }

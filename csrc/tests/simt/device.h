@@ -163,7 +163,7 @@ class CoresetCodes {
  public:
   explicit CoresetCodes(const Rows& rows) : rows_(rows), memory_(cuda::coreset_codes_bytes(rows.count, rows.dim)) {
     const Vector<double> center = data::widened(rows, 0);
-    Block workspace(cuda::coreset_codes_workspace_bytes());
+    Block workspace(cuda::coreset_codes_workspace_bytes(rows.dim));
     Value<int32_t> flags;
     CHECK(finished(cuda::coreset_codes_cuda(rows, center.data(), workspace.data(), memory_.data(), flags.get(), nullptr)));
     CHECK_EQ(*flags, 0);

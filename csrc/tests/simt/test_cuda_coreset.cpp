@@ -135,7 +135,7 @@ TEST(rows_that_are_not_finite_are_reported) {
   set.values[200 * 70 + 3] = std::numeric_limits<float>::infinity();
   const Rows& rows = data::rows_of(set);
   const device::Vector<double> center(70, 0.0);
-  device::Block codes(cuda::coreset_codes_bytes(300, 70)), workspace(cuda::coreset_codes_workspace_bytes());
+  device::Block codes(cuda::coreset_codes_bytes(300, 70)), workspace(cuda::coreset_codes_workspace_bytes(70));
   device::Value<int32_t> coding;
   CHECK(device::finished(cuda::coreset_codes_cuda(rows, center.data(), workspace.data(), codes.data(), coding.get(), nullptr)));
   CHECK_EQ(*coding, cuda::kNonFinite);
