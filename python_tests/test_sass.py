@@ -40,7 +40,7 @@ def having_code(kernels: list[sass.Kernel]) -> list[sass.Kernel]:
 
 def test_every_kernel_is_compiled(kernels: list[sass.Kernel]) -> None:
     for name in {kernel.source for kernel in kernels}:
-        declared = set(sass.most_registers(name))
+        declared = set(sass.most_registers(name, "8.0"))
         assert declared == {kernel.name for kernel in kernels if kernel.source == name and kernel.arch == "8.0"}, name
 
 
@@ -50,7 +50,7 @@ def test_tensor_products_are_where_they_belong(kernels: list[sass.Kernel]) -> No
         assert having == MMA_KERNELS, arch
 
 
-@pytest.mark.xfail(strict=True, reason="the wide filters spill: 376 to 528 bytes")
+@pytest.mark.xfail(strict=True, reason="contract_kernel for 7.5 and nearest_kernel<192> for 9.0 spill 16 bytes")
 def test_kernels_with_tensor_products_do_not_spill(kernels: list[sass.Kernel]) -> None:
     spilling = {(kernel.label, kernel.arch): kernel.spill_stores + kernel.spill_loads for kernel in kernels if kernel.name in MMA_KERNELS}
     assert {kernel: spilled for kernel, spilled in spilling.items() if spilled > 0} == {}
@@ -58,9 +58,8 @@ def test_kernels_with_tensor_products_do_not_spill(kernels: list[sass.Kernel]) -
 
 def test_registers_leave_room_for_the_blocks_that_launch_bounds_promise(kernels: list[sass.Kernel]) -> None:
     for kernel in kernels:
-        assert 0 < kernel.registers <= sass.most_registers(kernel.source)[kernel.name], (kernel.label, kernel.arch)
-    limits = sass.most_registers("nearest.cu")
-    assert limits["nearest_kernel"] == 128, "two blocks of 256 threads a multiprocessor"
+        assert 0 < kernel.registers <= sass.most_registers(kernel.source, kernel.arch)[kernel.name], (kernel.label, kernel.arch)
+    assert sass.most_registers("nearest.cu", "9.0")["nearest_kernel"] == 128, "two blocks of 256 threads a multiprocessor"
 
 
 def test_all_shared_memory_is_dynamic(kernels: list[sass.Kernel]) -> None:
@@ -116,5 +115,13 @@ $first_kernel$helper:
 def test_launch_bounds_are_read_from_the_source() -> None:
     assert sass.evaluate("kA * 32 / 2", {"kA": 8}) == 128
     assert sass.evaluate("kUnknown", {}) is None
-    assert sass.constants("nearest.cu")["kThreads"] == 256
-    assert sass.most_registers("coreset.cu")["pick_kernel"] == 64
+    assert sass.constants("nearest.cu", "8.0")["kThreads"] == 256
+    assert sass.most_registers("coreset.cu", "8.0")["pick_kernel"] == 64
+
+
+def test_conditions_on_the_arch_are_followed(tmp_path: Path) -> None:
+    source = tmp_path / "a.cu"
+    source.write_text(
+        "#ifdef A\n#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800\nold\n#else\nnew\n#endif\nboth\n#endif\n#if __CUDA_ARCH__ >= 900\nhopper\n#endif\n"
+    )
+    assert [sass.text_for(source, arch).split() for arch in ("7.5", "8.0", "9.0")] == [["old", "both"], ["new", "both"], ["new", "both", "hopper"]]

@@ -142,11 +142,31 @@ def compile_kernels(jobs: Iterable[tuple[str, str]], toolkit: Toolkit, workers: 
         return [kernel for future in futures for kernel in future.result()]
 
 
-def constants(name: str) -> dict[str, int]:
+def text_for(path: Path, arch: str) -> str:
+    """A source as the compiler sees it for an arch: of ``#if ... __CUDA_ARCH__ < 800`` and the like one branch is left, other conditions are not looked at."""
+    number = int(arch.replace(".", "")) * 10
+    kept: list[str] = []
+    branches: list[bool | None] = []  # of the conditions around the line: whether it is in the branch taken; None: not looked at
+    for line in path.read_text(encoding="utf-8").splitlines():
+        condition = re.match(r"\s*#if.*__CUDA_ARCH__ (<|>=) (\d+)\s*$", line)
+        if condition:
+            branches.append((number < int(condition.group(2))) == (condition.group(1) == "<"))
+        elif re.match(r"\s*#if", line):
+            branches.append(None)
+        elif re.match(r"\s*#else", line) and branches[-1] is not None:
+            branches[-1] = not branches[-1]
+        elif re.match(r"\s*#endif", line):
+            branches.pop()
+        elif False not in branches:
+            kept.append(line)
+    return "\n".join(kept)
+
+
+def constants(name: str, arch: str) -> dict[str, int]:
     """The ``constexpr int`` constants that a file sees in this folder's headers and its own text, where they are plain arithmetic."""
     known: dict[str, int] = {}
     for path in [*sorted(CUDA.glob("*.cuh")), CUDA / name] * 2:  # twice: in whatever order they depend on each other
-        for declaration in re.findall(r"^constexpr int ([^;{}]+);", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
+        for declaration in re.findall(r"^constexpr int ([^;{}]+);", text_for(path, arch), flags=re.MULTILINE):
             for part in declaration.split(", "):
                 constant, _, expression = part.partition(" = ")
                 value = evaluate(expression, known)
@@ -163,10 +183,10 @@ def evaluate(expression: str, known: dict[str, int]) -> int | None:
     return int(eval(text.replace("/", "//"), {"__builtins__": {}}))
 
 
-def most_registers(name: str) -> dict[str, int]:
+def most_registers(name: str, arch: str) -> dict[str, int]:
     """The registers that each kernel of a file may use for the launches that its launch bounds promise."""
-    text = (CUDA / name).read_text(encoding="utf-8")
-    known, limits = constants(name), {}
+    text = text_for(CUDA / name, arch)
+    known, limits = constants(name, arch), {}
     for bounds, kernel in re.findall(r"__global__\s+void\s+(?:__launch_bounds__\(([^)]*)\)\s+)?(\w+)\(", text):
         values = [evaluate(part, known) for part in bounds.split(",")] if bounds else [MOST_THREADS]
         if None in values:
@@ -180,7 +200,7 @@ def table(kernels: Sequence[Kernel]) -> str:
     """A line for each kernel, as Markdown."""
     lines = ["| kernel | file | arch | registers | limit | spill bytes | IMMA | instructions |", "|---|---|---|---|---|---|---|---|"]
     for kernel in kernels:
-        limit = most_registers(kernel.source)[kernel.name]
+        limit = most_registers(kernel.source, kernel.arch)[kernel.name]
         spills = kernel.spill_stores + kernel.spill_loads
         imma, instructions = (kernel.count("IMMA"), kernel.count("")) if kernel.functions else ("", "")
         lines.append(f"| {kernel.label} | {kernel.source} | {kernel.arch} | {kernel.registers} | {limit} | {spills} | {imma} | {instructions} |")
