@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from cuda_toolkit import Toolkit, ToolkitError, find_toolkit
 
 ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = ROOT / "build" / "gpu-programs"
 # Tests of what runs on a GPU; the others follow at the end, as time permits.
 DEVICE_TESTS = ("test_cuda", "test_ops", "test_library", "test_prepared_bank", "test_coreset", "test_scoring", "test_memory_bank", "test_reference")
 # Small ones, because a sanitizer slows a kernel down ten to a hundred times; every kernel is in one of them.
@@ -136,14 +137,14 @@ def cpp_tests(session: Session) -> None:
     """The C++ tests of the kernels on the GPU; without one by the SIMT runner, and compiled for a GPU all the same."""
     arch = session.capability or "9.0"
     build = [sys.executable, "tools/gpu_programs.py"]
-    if not session.command("compile C++ tests for a GPU", [*build, "gpu", session.folder / "gpu", arch], 150):
+    if not session.command("compile C++ tests for a GPU", [*build, "gpu", PROGRAMS / "gpu", arch], 150):
         return
     if session.capability is not None:
-        for program in sorted(path for path in (session.folder / "gpu").iterdir() if path.suffix == ""):
+        for program in sorted(path for path in (PROGRAMS / "gpu").iterdir() if path.suffix == ""):
             session.command(f"C++ {program.name} on the GPU", [program], 60)
         return
-    if session.command("compile C++ tests for the SIMT runner", [*build, "simt", session.folder / "simt"], 150):
-        for program in sorted(path for path in (session.folder / "simt").iterdir() if path.suffix == ""):
+    if session.command("compile C++ tests for the SIMT runner", [*build, "simt", PROGRAMS / "simt"], 150):
+        for program in sorted(path for path in (PROGRAMS / "simt").iterdir() if path.suffix == ""):
             session.command(f"C++ {program.name} by the SIMT runner", [program], 200)
 
 
@@ -173,7 +174,7 @@ def sanitizers(session: Session) -> None:
             continue
         unwritten = {"PATCHCORE_GPU_UNWRITTEN": "1"} if tool == "initcheck" else {}
         for test, names in SANITIZED.items():
-            command: list[object] = [program, "--tool", tool, "--error-exitcode", "9", session.folder / "gpu" / test, *names]
+            command: list[object] = [program, "--tool", tool, "--error-exitcode", "9", PROGRAMS / "gpu" / test, *names]
             session.command(f"sanitizer {tool} {test}", command, 25, **unwritten)
 
 
