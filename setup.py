@@ -90,7 +90,7 @@ def cuda_extension(tools: ModuleType) -> Extension:
     told = [("PATCHCORE_EXT_CUDA_ARCHS", f'"{";".join(archs)}"'), ("PATCHCORE_EXT_CUDA_TOOLKIT", '"{}.{}"'.format(*toolkit.version))]
     extension = CUDAExtension(
         name="patchcore_ext._C_cuda",
-        sources=[*sorted(sources("csrc/core/cuda/*.cu"), key=_bytes, reverse=True), "csrc/bindings/cuda.cpp", "csrc/bindings/module_cuda.cpp"],
+        sources=[*sources("csrc/core/cuda/*.cu"), "csrc/bindings/cuda.cpp", "csrc/bindings/module_cuda.cpp"],
         depends=headers("csrc/core/cuda/*.h", "csrc/core/cuda/*.cuh"),
         include_dirs=include_dirs(),
         define_macros=[*DEFINES, *told, ("USE_CUDA", None)],
@@ -102,11 +102,6 @@ def cuda_extension(tools: ModuleType) -> Extension:
     extension.extra_link_args.append(f"-l:{toolkit.runtime.name}")
     print(f"setup.py: CUDA kernels by nvcc {toolkit.version[0]}.{toolkit.version[1]} in {toolkit.home} for {';'.join(archs)}")
     return extension
-
-
-def _bytes(source: str) -> int:
-    """Size of a file: the largest takes longest to compile and is begun first."""
-    return (HERE / source).stat().st_size
 
 
 def extensions() -> list[Extension]:
