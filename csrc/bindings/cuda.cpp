@@ -197,7 +197,8 @@ void update_min_distances_cuda(const Tensor& features, const Tensor& centers, Te
   call.same_device(min_distances, "min_distances");
   Flags flags(call);
   Tensor memory = call.workspace(cuda::update_min_distances_workspace_bytes(input.rows, added.rows));
-  call.check(cuda::update_min_distances_cuda(input.rows, added.rows, memory_of(memory), writable<double>(min_distances), flags.data(), call.stream()));
+  call.check(
+      cuda::update_min_distances_cuda(input.rows, added.rows, memory_of(memory), writable<double>(min_distances), flags.data(), call.stream()));
   if (flags.read() != 0) explain_nonfinite(call, op, {{"features", &input.rows}, {"centers", &added.rows}});
 }
 
@@ -280,8 +281,8 @@ std::tuple<Tensor, Tensor> greedy_coreset_cuda(const Tensor& features, Tensor mi
   if (rows.dim > kMaxFilterDim) {
     Flags flags(call);
     Tensor picked = call.empty({1}, ScalarType::Int);
-    call.check(cuda::greedy_by_all_cuda(rows, count, writable<int32_t>(picked), state, writable<int64_t>(indices), writable<double>(squared_distances),
-                                        flags.data(), call.stream()));
+    call.check(cuda::greedy_by_all_cuda(rows, count, writable<int32_t>(picked), state, writable<int64_t>(indices),
+                                        writable<double>(squared_distances), flags.data(), call.stream()));
     if (flags.read() != 0) explain_nonfinite(call, op, {{"features", &rows}});
     return {indices, squared_distances};
   }
@@ -333,8 +334,7 @@ std::tuple<Tensor, Tensor> nearest_neighbors_cuda(const Tensor& queries, const T
   if (prepared.has_value()) call.same_device(*prepared, "prepared");
   Flags flags(call);
   Tensor squared_distances = call.empty({asked.rows.count, k}, ScalarType::Double), indices = call.empty({asked.rows.count, k}, ScalarType::Long);
-  Tensor memory =
-      call.workspace(cuda::nearest_neighbors_workspace_bytes(asked.rows, known.rows, codes.memory != nullptr, codes.with_prefixes, k));
+  Tensor memory = call.workspace(cuda::nearest_neighbors_workspace_bytes(asked.rows, known.rows, codes.memory != nullptr, codes.with_prefixes, k));
   call.check(cuda::nearest_neighbors_cuda(asked.rows, known.rows, codes.memory, codes.with_prefixes, k, 0, memory_of(memory),
                                           writable<double>(squared_distances), writable<int64_t>(indices), nullptr, flags.data(), call.stream()));
   if (flags.read() != 0) explain_nonfinite(call, op, {{"queries", &asked.rows}, {"bank", &known.rows}});
@@ -357,8 +357,7 @@ Tensor image_scores_cuda(const Tensor& squared_distances, const Tensor& nearest_
   if (prepared.has_value()) call.same_device(*prepared, "prepared");
   Flags flags(call);
   Tensor scores = call.empty({batch}, ScalarType::Float);
-  Tensor memory =
-      call.workspace(cuda::image_scores_workspace_bytes(known.rows, codes.memory != nullptr, codes.with_prefixes, batch, num_neighbors));
+  Tensor memory = call.workspace(cuda::image_scores_workspace_bytes(known.rows, codes.memory != nullptr, codes.with_prefixes, batch, num_neighbors));
   call.check(cuda::image_scores_cuda(values_of<double>(squared_distances), values_of<int64_t>(nearest_indices), asked.rows, known.rows, codes.memory,
                                      codes.with_prefixes, batch, num_patches, num_neighbors, memory_of(memory), writable<float>(scores), flags.data(),
                                      call.stream()));
