@@ -33,6 +33,27 @@ def make_features(kind: str, rows: int, dim: int, dtype: torch.dtype = torch.flo
 FEATURE_KINDS = ("random", "tied", "duplicate", "all-equal", "offset")
 
 
+def _devices() -> list[str]:
+    """What the ops are tested on: the CPU, and a GPU where the kernels run on it. PATCHCORE_EXT_TEST_DEVICE names one of them, which must be there."""
+    from patchcore_ext import build_info
+
+    devices = build_info()["cuda_devices"]
+    usable = ["cuda"] if devices and devices[0]["problem"] is None else []
+    wish = os.environ.get("PATCHCORE_EXT_TEST_DEVICE")
+    if wish is None:
+        return ["cpu", *usable]
+    if wish not in ("cpu", *usable):
+        problem = devices[0]["problem"] if devices else build_info()["cuda_problem"] or build_info()["cuda_unavailable"]
+        raise pytest.UsageError(f"expected PATCHCORE_EXT_TEST_DEVICE to be cpu, or cuda where the kernels run, got {wish!r}: {problem}")
+    return [wish]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests that take ``device`` run on each."""
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", _devices())
+
+
 @pytest.fixture(autouse=True)
 def _restore_torch_settings() -> Iterator[None]:
     """No test leaves a thread count, default dtype or default device behind."""

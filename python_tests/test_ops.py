@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -20,35 +21,35 @@ def state_of(rows: Tensor) -> Tensor:
     return torch.full((rows.shape[0],), INFINITY, dtype=torch.float64, device=rows.device)
 
 
+def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    assert all(torch.equal(a.cpu(), b.cpu()) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", FEATURE_KINDS)
 @pytest.mark.parametrize("dim", [1, 3, 16, 17, 40])
-def test_ops_equal_the_reference_bit_for_bit(kind: str, dim: int, dtype: torch.dtype) -> None:
+def test_ops_equal_the_reference_bit_for_bit(kind: str, dim: int, dtype: torch.dtype, device: str) -> None:
     bank = make_features(kind, 50, dim, dtype)
     queries = torch.cat([make_features(kind, 11, dim, dtype, seed=1), bank[:1]])
+    asked, known = queries.to(device), bank.to(device)
 
     for k in (1, 2, 9, 50):
-        found, expected = ops.nearest_neighbors(queries, bank, k), reference.nearest_neighbors(queries, bank, k)
-        assert torch.equal(found[0], expected[0])
-        assert torch.equal(found[1], expected[1])
+        assert_same(ops.nearest_neighbors(asked, known, k), reference.nearest_neighbors(queries, bank, k))
 
-    squared, rows = (value.view(3, 4) for value in ops.nearest_neighbors(queries, bank, 1))
+    squared, rows = (value.view(3, 4) for value in reference.nearest_neighbors(queries, bank, 1))
     for num_neighbors in (1, 2, 9, 100):
-        arguments = (squared, rows, queries, bank, num_neighbors)
-        assert torch.equal(ops.image_scores(*arguments), reference.image_scores(*arguments))
+        scores = ops.image_scores(squared.to(device), rows.to(device), asked, known, num_neighbors)
+        assert_same([scores], [reference.image_scores(squared, rows, queries, bank, num_neighbors)])
 
-    state = state_of(bank)
-    indices, values = ops.greedy_coreset(bank, state, 50)
-    expected_indices, expected_values, expected_state = reference.greedy_coreset(bank, state_of(bank), 50)
-    assert torch.equal(indices, expected_indices)
-    assert torch.equal(values, expected_values)
-    assert torch.equal(state, expected_state)
+    state = state_of(known)
+    picks = ops.greedy_coreset(known, state, 50)
+    assert_same([*picks, state], reference.greedy_coreset(bank, state_of(bank), 50))
 
-    updated = ops.update_min_distances(queries, bank[:5], state_of(queries))
-    assert torch.equal(updated, reference.update_min_distances(queries, bank[:5], state_of(queries)))
+    updated = ops.update_min_distances(asked, known[:5], state_of(asked))
+    assert_same([updated], [reference.update_min_distances(queries, bank[:5], state_of(queries))])
 
     matrix = torch.from_numpy(_random.sparse_projection_matrix(dim, 7, seed=3))
-    assert torch.equal(ops.random_projection(bank, matrix), reference.random_projection(bank, matrix))
+    assert_same([ops.random_projection(known, matrix.to(device))], [reference.random_projection(bank, matrix)])
 
 
 @pytest.mark.parametrize("kind", FEATURE_KINDS)
@@ -61,16 +62,24 @@ def test_nearest_neighbors_equals_numpy(kind: str) -> None:
 
 
 def run_everything(features: Tensor) -> list[Tensor]:
+    device = features.device
     state = state_of(features)
     picks = ops.greedy_coreset(features, state, 20)
     squared, rows = ops.nearest_neighbors(features[:24], features, 3)
     scores = ops.image_scores(squared[:, :1].reshape(2, 12), rows[:, :1].reshape(2, 12), features[:24], features[5:], 9)
-    projected = ops.random_projection(features, torch.from_numpy(_random.gaussian_projection_matrix(features.shape[1], 5, seed=1)))
+    projected = ops.random_projection(features, torch.from_numpy(_random.gaussian_projection_matrix(features.shape[1], 5, seed=1)).to(device))
     return [state, *picks, squared, rows, scores, projected]
 
 
-def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
+@pytest.mark.parametrize("kind", FEATURE_KINDS)
+def test_devices_give_the_same_bits(kind: str, device: str) -> None:
+    features = make_features(kind, 3000, 64)  # several tiles
+    codes = ops.coreset_codes(features.to(device))
+    state = state_of(features.to(device))
+    picks = ops.greedy_coreset(features.to(device), state, 200, codes)
+    expected = state_of(features)
+    assert_same(picks, ops.greedy_coreset(features, expected, 200))
+    assert_same([state, *run_everything(features.to(device))], [expected, *run_everything(features)])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
@@ -109,8 +118,8 @@ def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
         assert_same(run_everything(features), expected)
 
 
-def test_strided_and_offset_tensors_are_read_in_place() -> None:
-    wide = make_features("random", 80, 50)
+def test_strided_and_offset_tensors_are_read_in_place(device: str) -> None:
+    wide = make_features("random", 80, 50).to(device)
     for view in (wide[::2, 3:20], wide.T[5:40, ::3], wide[10:].T.contiguous().T[:, 1:]):
         assert_same(run_everything(view), run_everything(view.contiguous()))
 

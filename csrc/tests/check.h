@@ -3,6 +3,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <iostream>
 #include <vector>
 
@@ -35,14 +36,20 @@ bool equal(const A& a, const B& b, const char* text_a, const char* text_b, const
   return false;
 }
 
-inline int run_all() {
+// Runs all tests, or those whose names hold one of the arguments.
+inline int run_all(int count, char** arguments) {
+  int run = 0;
   for (const Case& test : cases()) {
+    bool wanted = count < 2;
+    for (int i = 1; i < count; ++i) wanted = wanted || std::strstr(test.name, arguments[i]) != nullptr;
+    if (!wanted) continue;
+    ++run;
     const int before = failures();
     test.run();
     std::cout << (failures() == before ? "ok   " : "FAIL ") << test.name << "\n";
   }
-  std::cout << cases().size() << " tests, " << failures() << " failed checks\n";
-  return failures() == 0 && !cases().empty() ? 0 : 1;
+  std::cout << run << " tests, " << failures() << " failed checks\n";
+  return failures() == 0 && run > 0 ? 0 : 1;
 }
 
 }  // namespace check
@@ -63,4 +70,4 @@ inline int run_all() {
 #define CHECK_EQ(a, b) check::equal((a), (b), #a, #b, __FILE__, __LINE__)
 
 #define TEST_MAIN() \
-  int main() { return check::run_all(); }
+  int main(int count, char** arguments) { return check::run_all(count, arguments); }

@@ -12,17 +12,30 @@
 #include "parallel.h"
 #include "types.h"
 
+#if defined(PATCHCORE_GPU)
+#include "managed.h"
+#endif
+
 namespace data {
 
 using patchcore::Parallel;
 using patchcore::Rows;
 using patchcore::ScalarType;
 
+// What kernels read and write in a test.
+#if defined(PATCHCORE_GPU)
+template <class T>
+using Vector = std::vector<T, ManagedAllocator<T>>;
+#else
+template <class T>
+using Vector = std::vector<T>;
+#endif
+
 // `count` rows of `dim` values in memory with `padding` unused values between rows (NaN: reading them would show).
 struct Set {
   std::string name;
-  std::vector<float> values;
-  std::vector<uint16_t> halves;
+  Vector<float> values;
+  Vector<uint16_t> halves;
   Rows rows;
 };
 
@@ -94,8 +107,8 @@ inline std::vector<Set> sets(int64_t count, int64_t dim) {
 }
 
 // Row r as doubles, whatever its type: written without the library's own conversions.
-[[gnu::noinline]] inline std::vector<double> widened(const Rows& rows, int64_t r) {
-  std::vector<double> out(static_cast<size_t>(rows.dim));
+[[gnu::noinline]] inline Vector<double> widened(const Rows& rows, int64_t r) {
+  Vector<double> out(static_cast<size_t>(rows.dim));
   for (int64_t j = 0; j < rows.dim; ++j) {
     const int64_t at = r * rows.stride + j;
     double& value = out[static_cast<size_t>(j)];

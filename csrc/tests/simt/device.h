@@ -1,8 +1,9 @@
-// Memory as the kernels want it, and the kernels called as the bindings call them.
+// Memory as the kernels want it, and the kernels called as the bindings call them: on the CPU by the SIMT runner, or with PATCHCORE_GPU on a GPU.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <iostream>
 #include <random>
 #include <vector>
@@ -14,6 +15,55 @@
 namespace device {
 
 using namespace patchcore;
+using data::Vector;
+
+// One value that kernels write: *value after `finished`.
+template <class T>
+class Value {
+ public:
+  explicit Value(T value = {}) : memory_(1, value) {}
+  T* get() { return memory_.data(); }
+  const T& operator*() const { return memory_[0]; }
+
+ private:
+  Vector<T> memory_;
+};
+
+#if defined(PATCHCORE_GPU)
+
+// Whether the kernels were launched and ended well; the CPU may then read what they wrote.
+inline bool finished(cudaError_t launched) {
+  const cudaError_t ended = cudaDeviceSynchronize();
+  if (launched != cudaSuccess) std::cerr << "launch: " << cudaGetErrorString(launched) << "\n";
+  if (ended != cudaSuccess) std::cerr << "kernels: " << cudaGetErrorString(ended) << "\n";
+  return launched == cudaSuccess && ended == cudaSuccess;
+}
+
+// A GPU has its own order, and as many multiprocessors as it has.
+inline void set_order(uint64_t) {}
+inline void set_multiprocessors(int) {}
+
+// `bytes` of device memory, filled with what makes no sense, or with PATCHCORE_GPU_UNWRITTEN set not at all (compute-sanitizer tells who reads it).
+class Block {
+ public:
+  explicit Block(int64_t bytes) {
+    data::must(cudaMalloc(&memory_, static_cast<size_t>(bytes > 0 ? bytes : 1)), "cudaMalloc");
+    if (std::getenv("PATCHCORE_GPU_UNWRITTEN") == nullptr) data::must(cudaMemset(memory_, 0xa5, static_cast<size_t>(bytes)), "cudaMemset");
+  }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+  ~Block() { data::must(cudaFree(memory_), "cudaFree"); }
+  void* data() { return memory_; }
+
+ private:
+  void* memory_ = nullptr;
+};
+
+#else
+
+inline bool finished(cudaError_t launched) { return launched == cudaSuccess; }
+inline void set_order(uint64_t seed) { simt::set_order(seed); }
+inline void set_multiprocessors(int count) { simt::device().multiprocessors = count; }
 
 // `bytes` of memory aligned to 256 bytes, filled with what makes no sense.
 class Block {
@@ -25,9 +75,11 @@ class Block {
   std::vector<char> memory_;
 };
 
+#endif
+
 struct Neighbors {
-  std::vector<double> squared_distances;
-  std::vector<int64_t> indices;
+  Vector<double> squared_distances;
+  Vector<int64_t> indices;
   int32_t flags = 0;
 
   bool operator==(const Neighbors& other) const { return squared_distances == other.squared_distances && indices == other.indices; }
@@ -38,22 +90,22 @@ class Prepared {
  public:
   Prepared(const Rows& bank, bool with_prefixes)
       : with_prefixes_(with_prefixes), memory_(cuda::prepared_bank_bytes(bank.count, bank.dim, with_prefixes)) {
-    const std::vector<double> center = data::widened(bank, bank.count / 2);
+    const Vector<double> center = data::widened(bank, bank.count / 2);
     std::mt19937_64 random(5);
-    std::vector<int32_t> order;
+    Vector<int32_t> order;
     for (int64_t i = 0; i < bank.count; ++i) order.push_back(static_cast<int32_t>(i));
     std::shuffle(order.begin(), order.end(), random);
     Block workspace(cuda::prepare_bank_workspace_bytes(bank.count, bank.dim, with_prefixes));
     std::normal_distribution<double> normal;
     for (double size = 16384 / std::sqrt(static_cast<double>(bank.dim)); true; size *= 0.7) {
-      std::vector<int16_t> matrix;
+      Vector<int16_t> matrix;
       for (int64_t i = 0; with_prefixes && i < (cuda::kSeedPrefix + cuda::kLongPrefix) * bank.dim; ++i)
         matrix.push_back(static_cast<int16_t>(std::max(-16000.0, std::min(16000.0, size * normal(random)))));
-      int32_t flags = 0;
-      CHECK(cuda::prepare_bank_cuda(bank, center.data(), matrix.data(), order.data(), with_prefixes, workspace.data(), memory_.data(), &flags,
-                                    nullptr) == cudaSuccess);
-      CHECK((flags & cuda::kNonFinite) == 0);
-      if (flags == 0) break;  // else the matrix is no contraction
+      Value<int32_t> flags;
+      CHECK(finished(cuda::prepare_bank_cuda(bank, center.data(), matrix.data(), order.data(), with_prefixes, workspace.data(), memory_.data(),
+                                             flags.get(), nullptr)));
+      CHECK((*flags & cuda::kNonFinite) == 0);
+      if (*flags == 0) break;  // else the matrix is no contraction
     }
   }
 
@@ -61,7 +113,7 @@ class Prepared {
     return nearest(queries, bank, memory_.data(), with_prefixes_, k, prefix, counters);
   }
 
-  std::vector<float> scores(const Neighbors& found, const Rows& queries, const Rows& bank, int64_t batch, int64_t num_neighbors) {
+  Vector<float> scores(const Neighbors& found, const Rows& queries, const Rows& bank, int64_t batch, int64_t num_neighbors) {
     return image_scores(found, queries, bank, memory_.data(), with_prefixes_, batch, num_neighbors);
   }
 
@@ -70,23 +122,25 @@ class Prepared {
     Neighbors found;
     found.squared_distances.assign(static_cast<size_t>(queries.count * k), -7);
     found.indices.assign(static_cast<size_t>(queries.count * k), -7);
+    Value<int32_t> flags;
     Block workspace(cuda::nearest_neighbors_workspace_bytes(queries, bank, prepared != nullptr, with_prefixes, k));
-    CHECK(cuda::nearest_neighbors_cuda(queries, bank, prepared, with_prefixes, k, prefix, workspace.data(), found.squared_distances.data(),
-                                       found.indices.data(), counters, &found.flags, nullptr) == cudaSuccess);
+    CHECK(finished(cuda::nearest_neighbors_cuda(queries, bank, prepared, with_prefixes, k, prefix, workspace.data(), found.squared_distances.data(),
+                                                found.indices.data(), counters, flags.get(), nullptr)));
+    found.flags = *flags;
     return found;
   }
 
-  static std::vector<float> image_scores(const Neighbors& found, const Rows& queries, const Rows& bank, const void* prepared, bool with_prefixes,
-                                         int64_t batch, int64_t num_neighbors, int32_t* flags_out = nullptr) {
-    std::vector<float> scores(static_cast<size_t>(batch), -7);
+  static Vector<float> image_scores(const Neighbors& found, const Rows& queries, const Rows& bank, const void* prepared, bool with_prefixes,
+                                    int64_t batch, int64_t num_neighbors, int32_t* flags_out = nullptr) {
+    Vector<float> scores(static_cast<size_t>(batch), -7);
     Block workspace(cuda::image_scores_workspace_bytes(bank, prepared != nullptr, with_prefixes, batch, num_neighbors));
-    int32_t flags = 0;
-    CHECK(cuda::image_scores_cuda(found.squared_distances.data(), found.indices.data(), queries, bank, prepared, with_prefixes, batch,
-                                  queries.count / batch, num_neighbors, workspace.data(), scores.data(), &flags, nullptr) == cudaSuccess);
+    Value<int32_t> flags;
+    CHECK(finished(cuda::image_scores_cuda(found.squared_distances.data(), found.indices.data(), queries, bank, prepared, with_prefixes, batch,
+                                           queries.count / batch, num_neighbors, workspace.data(), scores.data(), flags.get(), nullptr)));
     if (flags_out != nullptr)
-      *flags_out = flags;
+      *flags_out = *flags;
     else
-      CHECK_EQ(flags, 0);
+      CHECK_EQ(*flags, 0);
     return scores;
   }
 
@@ -96,9 +150,9 @@ class Prepared {
 };
 
 struct Picks {
-  std::vector<double> state;
-  std::vector<int64_t> indices;
-  std::vector<double> squared_distances;
+  Vector<double> state;
+  Vector<int64_t> indices;
+  Vector<double> squared_distances;
 
   bool operator==(const Picks& other) const {
     return state == other.state && indices == other.indices && squared_distances == other.squared_distances;
@@ -108,11 +162,11 @@ struct Picks {
 class CoresetCodes {
  public:
   explicit CoresetCodes(const Rows& rows) : rows_(rows), memory_(cuda::coreset_codes_bytes(rows.count, rows.dim)) {
-    const std::vector<double> center = data::widened(rows, 0);
+    const Vector<double> center = data::widened(rows, 0);
     Block workspace(cuda::coreset_codes_workspace_bytes(rows.dim));
-    int32_t flags = 0;
-    CHECK(cuda::coreset_codes_cuda(rows, center.data(), workspace.data(), memory_.data(), &flags, nullptr) == cudaSuccess);
-    CHECK_EQ(flags, 0);
+    Value<int32_t> flags;
+    CHECK(finished(cuda::coreset_codes_cuda(rows, center.data(), workspace.data(), memory_.data(), flags.get(), nullptr)));
+    CHECK_EQ(*flags, 0);
   }
 
   // `count` further picks; passes are enqueued `chunk` at a time until all are made. Returns the number of passes enqueued.
@@ -121,11 +175,12 @@ class CoresetCodes {
     const size_t before = picks->indices.size();
     picks->indices.resize(before + static_cast<size_t>(count));
     picks->squared_distances.resize(before + static_cast<size_t>(count));
-    int64_t progress[2] = {-1, -1}, passes = 0;
-    CHECK(cuda::start_coreset_cuda(rows_, count, batch, workspace.data(), progress, nullptr) == cudaSuccess);
+    Vector<int64_t> progress = {-1, -1};
+    int64_t passes = 0;
+    CHECK(finished(cuda::start_coreset_cuda(rows_, count, batch, workspace.data(), progress.data(), nullptr)));
     while (progress[1] == 0 && passes <= count) {
-      CHECK(cuda::coreset_passes_cuda(rows_, memory_.data(), chunk, workspace.data(), picks->state.data(), picks->indices.data() + before,
-                                      picks->squared_distances.data() + before, progress, nullptr) == cudaSuccess);
+      CHECK(finished(cuda::coreset_passes_cuda(rows_, memory_.data(), chunk, workspace.data(), picks->state.data(), picks->indices.data() + before,
+                                               picks->squared_distances.data() + before, progress.data(), nullptr)));
       passes += chunk;
     }
     CHECK_EQ(progress[0], count);
@@ -133,10 +188,10 @@ class CoresetCodes {
     return passes;
   }
 
-  void add(const std::vector<int64_t>& picks, std::vector<double>* state) {
+  void add(const Vector<int64_t>& picks, Vector<double>* state) {
     Block workspace(cuda::coreset_workspace_bytes(rows_));
-    CHECK(cuda::add_picks_cuda(rows_, memory_.data(), picks.data(), static_cast<int64_t>(picks.size()), workspace.data(), state->data(), nullptr) ==
-          cudaSuccess);
+    CHECK(finished(
+        cuda::add_picks_cuda(rows_, memory_.data(), picks.data(), static_cast<int64_t>(picks.size()), workspace.data(), state->data(), nullptr)));
   }
 
   void* data() { return memory_.data(); }

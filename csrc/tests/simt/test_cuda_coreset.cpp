@@ -1,4 +1,4 @@
-// The CUDA coreset, run on the CPU, against the CPU's: the same picks, the same bits of the distances and of the state that is left.
+// The CUDA coreset, against the CPU's: the same picks, the same bits of the distances and of the state that is left.
 #include "coreset.h"
 #include "device.h"
 
@@ -10,13 +10,13 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-Picks start(int64_t count) { return {std::vector<double>(static_cast<size_t>(count), kInfinity), {}, {}}; }
+Picks start(int64_t count) { return {device::Vector<double>(static_cast<size_t>(count), kInfinity), {}, {}}; }
 
 Picks on_cpu(const Rows& rows, int64_t count) {
   Picks picks = start(rows.count);
   picks.indices.resize(static_cast<size_t>(count));
   picks.squared_distances.resize(static_cast<size_t>(count));
-  std::vector<double> workspace(static_cast<size_t>(coreset_workspace_bytes(rows, serial())) / 8 + 1);
+  device::Vector<double> workspace(static_cast<size_t>(coreset_workspace_bytes(rows, serial())) / 8 + 1);
   CHECK(greedy_coreset_cpu(rows, count, serial(), workspace.data(), picks.state.data(), picks.indices.data(), picks.squared_distances.data()) ==
         Status::kOk);
   return picks;
@@ -38,7 +38,7 @@ TEST(picks_equal_those_of_the_cpu_on_every_set) {
       CoresetCodes codes(rows);
       for (const int64_t batch : {0, 1, 20}) {
         if (batch == 1 && dim > 3) continue;
-        simt::set_order(order++ % 4);
+        device::set_order(order++ % 4);
         Picks picks = start(rows.count);
         codes.select(60, batch, 3, &picks);
         expect(set.name + " dim " + std::to_string(dim) + " batch " + std::to_string(batch), picks, expected);
@@ -75,7 +75,7 @@ TEST(added_picks_leave_the_state_of_greedy_ones) {
   for (data::Set& set : data::sets(200, 33)) {
     const Rows& rows = data::rows_of(set);
     const Picks expected = on_cpu(rows, 50);
-    std::vector<double> state(200, kInfinity);
+    device::Vector<double> state(200, kInfinity);
     CoresetCodes(rows).add(expected.indices, &state);
     CHECK(state == expected.state);
   }
@@ -89,17 +89,17 @@ TEST(minima_over_centers_equal_those_of_the_cpu) {
       for (const int64_t count : {1, 8, 9, 140}) {
         Rows centers = rows;
         centers.count = count;
-        std::vector<double> expected(300, kInfinity);
+        device::Vector<double> expected(300, kInfinity);
         expected[20] = kPicked;
         expected[21] = 1e-90;
-        std::vector<double> found = expected;
-        std::vector<double> workspace(static_cast<size_t>(coreset_workspace_bytes(rows, serial())) / 8 + 1);
+        device::Vector<double> found = expected;
+        device::Vector<double> workspace(static_cast<size_t>(coreset_workspace_bytes(rows, serial())) / 8 + 1);
         CHECK(update_min_distances_cpu(rows, centers, serial(), workspace.data(), expected.data()) == Status::kOk);
-        simt::set_order(order++ % 4);
+        device::set_order(order++ % 4);
         device::Block memory(cuda::update_min_distances_workspace_bytes(rows, centers));
-        int32_t flags = 0;
-        CHECK(cuda::update_min_distances_cuda(rows, centers, memory.data(), found.data(), &flags, nullptr) == cudaSuccess);
-        CHECK_EQ(flags, 0);
+        device::Value<int32_t> flags;
+        CHECK(device::finished(cuda::update_min_distances_cuda(rows, centers, memory.data(), found.data(), flags.get(), nullptr)));
+        CHECK_EQ(*flags, 0);
         if (found != expected) std::cerr << set.name << " dim " << dim << " centers " << count << "\n";
         CHECK(found == expected);
       }
@@ -123,10 +123,10 @@ TEST(rows_too_long_for_codes_are_picked_one_by_one) {
   Picks picks = start(rows.count);
   picks.indices.resize(9);
   picks.squared_distances.resize(9);
-  int32_t scratch = 0, flags = 0;
-  CHECK(cuda::greedy_by_all_cuda(rows, 9, &scratch, picks.state.data(), picks.indices.data(), picks.squared_distances.data(), &flags, nullptr) ==
-        cudaSuccess);
-  CHECK_EQ(flags, 0);
+  device::Value<int32_t> scratch, flags;
+  CHECK(device::finished(cuda::greedy_by_all_cuda(rows, 9, scratch.get(), picks.state.data(), picks.indices.data(), picks.squared_distances.data(),
+                                                  flags.get(), nullptr)));
+  CHECK_EQ(*flags, 0);
   expect(set.name, picks, on_cpu(rows, 9));
 }
 
@@ -134,19 +134,19 @@ TEST(rows_that_are_not_finite_are_reported) {
   data::Set set = data::fill(data::make("set", 300, 70), [](int64_t r, int64_t j) { return std::cos(static_cast<double>(r * 70 + j)); });
   set.values[200 * 70 + 3] = std::numeric_limits<float>::infinity();
   const Rows& rows = data::rows_of(set);
-  const std::vector<double> center(70, 0.0);
+  const device::Vector<double> center(70, 0.0);
   device::Block codes(cuda::coreset_codes_bytes(300, 70)), workspace(cuda::coreset_codes_workspace_bytes(70));
-  int32_t flags = 0;
-  CHECK(cuda::coreset_codes_cuda(rows, center.data(), workspace.data(), codes.data(), &flags, nullptr) == cudaSuccess);
-  CHECK_EQ(flags, cuda::kNonFinite);
+  device::Value<int32_t> coding;
+  CHECK(device::finished(cuda::coreset_codes_cuda(rows, center.data(), workspace.data(), codes.data(), coding.get(), nullptr)));
+  CHECK_EQ(*coding, cuda::kNonFinite);
   for (const int64_t count : {2, 20}) {
     Rows centers = rows;
     centers.count = count;
-    std::vector<double> state(300, kInfinity);
+    device::Vector<double> state(300, kInfinity);
     device::Block memory(cuda::update_min_distances_workspace_bytes(rows, centers));
-    flags = 0;
-    CHECK(cuda::update_min_distances_cuda(rows, centers, memory.data(), state.data(), &flags, nullptr) == cudaSuccess);
-    CHECK_EQ(flags, cuda::kNonFinite);
+    device::Value<int32_t> flags;
+    CHECK(device::finished(cuda::update_min_distances_cuda(rows, centers, memory.data(), state.data(), flags.get(), nullptr)));
+    CHECK_EQ(*flags, cuda::kNonFinite);
   }
 }
 

@@ -1,4 +1,4 @@
-// The CUDA search, run on the CPU, against the CPU's: the same indices and the same bits of the distances.
+// The CUDA search, against the CPU's: the same indices and the same bits of the distances.
 #include "device.h"
 #include "image_score.h"
 #include "knn.h"
@@ -13,14 +13,14 @@ Neighbors on_cpu(const Rows& queries, const Rows& bank, int64_t k) {
   Neighbors found;
   found.squared_distances.resize(static_cast<size_t>(queries.count * k));
   found.indices.resize(static_cast<size_t>(queries.count * k));
-  std::vector<double> workspace(static_cast<size_t>(nearest_neighbors_workspace_bytes(queries, bank, k, serial())) / 8 + 1);
+  device::Vector<double> workspace(static_cast<size_t>(nearest_neighbors_workspace_bytes(queries, bank, k, serial())) / 8 + 1);
   CHECK(nearest_neighbors_cpu(queries, bank, k, serial(), workspace.data(), found.squared_distances.data(), found.indices.data()) == Status::kOk);
   return found;
 }
 
-std::vector<float> scores_on_cpu(const Neighbors& found, const Rows& queries, const Rows& bank, int64_t batch, int64_t num_neighbors) {
-  std::vector<float> scores(static_cast<size_t>(batch));
-  std::vector<double> workspace(static_cast<size_t>(image_scores_workspace_bytes(queries, bank, nullptr, num_neighbors, serial())) / 8 + 1);
+device::Vector<float> scores_on_cpu(const Neighbors& found, const Rows& queries, const Rows& bank, int64_t batch, int64_t num_neighbors) {
+  device::Vector<float> scores(static_cast<size_t>(batch));
+  device::Vector<double> workspace(static_cast<size_t>(image_scores_workspace_bytes(queries, bank, nullptr, num_neighbors, serial())) / 8 + 1);
   CHECK(image_scores_cpu(found.squared_distances.data(), found.indices.data(), queries, bank, nullptr, batch, queries.count / batch, num_neighbors,
                          serial(), workspace.data(), scores.data()) == Status::kOk);
   return scores;
@@ -48,7 +48,7 @@ TEST(neighbors_equal_those_of_the_cpu_on_every_set) {
       const Rows& bank = data::rows_of(set);
       const Rows queries = first_rows(bank, 45);
       for (const int64_t k : {1, 2, 9}) {
-        simt::set_order(order++ % 4);
+        device::set_order(order++ % 4);
         expect(set.name + " one-off", Prepared::nearest(queries, bank, nullptr, false, k, 0), on_cpu(queries, bank, k));
       }
       Prepared prepared(bank, false);
@@ -65,7 +65,7 @@ TEST(prefixes_change_nothing) {
     const Neighbors expected = on_cpu(queries, bank, 1), nine = on_cpu(queries, bank, 9);
     Prepared prepared(bank, true);
     for (const int prefix : {0, 1, -1}) {
-      simt::set_order(order++ % 4);
+      device::set_order(order++ % 4);
       expect(set.name, prepared.search(queries, bank, 1, prefix), expected);
     }
     expect(set.name, prepared.search(queries, bank, 9, 1), nine);
@@ -90,13 +90,13 @@ TEST(a_bank_smaller_than_a_tile_and_queries_of_another_type) {
 }
 
 TEST(the_bank_is_shared_out_among_blocks) {
-  simt::device().multiprocessors = 40;
+  device::set_multiprocessors(40);
   for (data::Set& set : data::sets(1000, 12)) {
     const Rows& bank = data::rows_of(set);
     const Rows queries = first_rows(bank, 10);
     expect(set.name, Prepared::nearest(queries, bank, nullptr, false, 3, 0), on_cpu(queries, bank, 3));
   }
-  simt::device().multiprocessors = 3;
+  device::set_multiprocessors(3);
 }
 
 TEST(codes_spare_most_canonical_distances) {
@@ -107,11 +107,11 @@ TEST(codes_spare_most_canonical_distances) {
   const Rows queries = first_rows(bank, 100);
   Prepared prepared(bank, true);
   for (const int prefix : {1, -1}) {
-    cuda::SearchCounters counters = {};
-    expect("clusters", prepared.search(queries, bank, 1, prefix, &counters), on_cpu(queries, bank, 1));
-    std::cout << "     prefix " << prefix << ": " << static_cast<double>(counters.canonical) / 100 << " canonical distances a query of 2000\n";
-    CHECK(counters.canonical < 100 * 100);
-    CHECK(counters.canonical > 0);
+    device::Value<cuda::SearchCounters> counters;
+    expect("clusters", prepared.search(queries, bank, 1, prefix, counters.get()), on_cpu(queries, bank, 1));
+    std::cout << "     prefix " << prefix << ": " << static_cast<double>((*counters).canonical) / 100 << " canonical distances a query of 2000\n";
+    CHECK((*counters).canonical < 100 * 100);
+    CHECK((*counters).canonical > 0);
   }
 }
 
@@ -136,20 +136,20 @@ TEST(a_query_that_is_not_finite_is_reported_and_gets_nan) {
 TEST(a_matrix_that_is_no_contraction_is_refused) {
   data::Set set = data::fill(data::make("set", 300, 200), [](int64_t r, int64_t j) { return std::cos(static_cast<double>(r * 200 + j)); });
   const Rows& bank = data::rows_of(set);
-  const std::vector<double> center(200, 0.0);
-  std::vector<int32_t> order(300);
+  const device::Vector<double> center(200, 0.0);
+  device::Vector<int32_t> order(300);
   for (int32_t i = 0; i < 300; ++i) order[static_cast<size_t>(i)] = i;
   device::Block prepared(cuda::prepared_bank_bytes(300, 200, true)), workspace(cuda::prepare_bank_workspace_bytes(300, 200, true));
   for (const int64_t wrong : {0, 1, 2}) {
-    std::vector<int16_t> matrix(static_cast<size_t>(254 * 200), 0);
+    device::Vector<int16_t> matrix(static_cast<size_t>(254 * 200), 0);
     for (int64_t o = 0; o < 63; ++o) matrix[static_cast<size_t>(o * 200 + o)] = 16000;         // orthogonal, each a little shorter than 1
     for (int64_t o = 63; o < 254; ++o) matrix[static_cast<size_t>(o * 200 + o - 63)] = 16000;  // the second prefix on its own
     if (wrong == 1) matrix[5 * 200 + 6] = 8000;                                                // no longer orthogonal to the next
     if (wrong == 2) matrix[7 * 200 + 7] = 16384;                                               // does not fit the planes
-    int32_t flags = 0;
-    CHECK(cuda::prepare_bank_cuda(bank, center.data(), matrix.data(), order.data(), true, workspace.data(), prepared.data(), &flags, nullptr) ==
-          cudaSuccess);
-    CHECK_EQ(flags, wrong == 0 ? 0 : cuda::kNoContraction);
+    device::Value<int32_t> flags;
+    CHECK(device::finished(
+        cuda::prepare_bank_cuda(bank, center.data(), matrix.data(), order.data(), true, workspace.data(), prepared.data(), flags.get(), nullptr)));
+    CHECK_EQ(*flags, wrong == 0 ? 0 : cuda::kNoContraction);
   }
 }
 
@@ -171,8 +171,8 @@ TEST(image_scores_equal_those_of_the_cpu) {
       Rows queries = first_rows(bank, 60);
       const Neighbors found = on_cpu(queries, bank, 1);
       for (const int64_t b : {1, 2, 9, 40, 1000}) {
-        simt::set_order(order++ % 4);
-        const std::vector<float> expected = scores_on_cpu(found, queries, bank, 4, b);
+        device::set_order(order++ % 4);
+        const device::Vector<float> expected = scores_on_cpu(found, queries, bank, 4, b);
         if (b == 1000 && dim == 200) continue;
         CHECK(Prepared::image_scores(found, queries, bank, nullptr, false, 4, b) == expected);
         if (b == 9) CHECK(Prepared(bank, dim == 200).scores(found, queries, bank, 4, b) == expected);
@@ -192,7 +192,7 @@ TEST(images_with_bad_values_get_nan_and_say_why) {
     else
       found.squared_distances[5] = std::numeric_limits<double>::quiet_NaN();
     int32_t flags = 0;
-    const std::vector<float> scores = Prepared::image_scores(found, queries, bank, nullptr, false, 3, 4, &flags);
+    const device::Vector<float> scores = Prepared::image_scores(found, queries, bank, nullptr, false, 3, 4, &flags);
     CHECK((flags & (outside ? cuda::kOutside : cuda::kNonFinite)) != 0);
     CHECK(std::isnan(scores[1]));
     CHECK(!std::isnan(scores[0]) && !std::isnan(scores[2]));
