@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--split", choices=mtd.SPLITS, default="tile", help="of the good magnetic tiles; the other rules are rows of their own (default: tile)")
     made.add_argument("--aggregation", choices=("concat", "paper"), default="concat", help="see FeatureExtractor (default: concat)")
     made.add_argument("--limit", type=int, metavar="N", help="at most N nominal images and 2 N of the test of each class: for a try")
-    made.add_argument("--out", type=Path, metavar="DIR", help="results, finished rows and the cache, which is safe to delete (default: build/benchmarks/paper/NAME)")
+    made.add_argument("--out", type=Path, metavar="DIR", help="results, and the cache, safe to delete (default: build/benchmarks/paper/NAME)")
     made.add_argument("--exactness", action="store_true", help="also compare picks, scores and AUROC between instruction sets, and with greedy in float32")
     made.add_argument("--publish", action="store_true", help="also write the tables and figures into benchmarks/")
     made.add_argument("--quiet", action="store_true", help="no progress bars")
