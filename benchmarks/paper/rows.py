@@ -74,7 +74,7 @@ def _rivals() -> list[Row]:
     groups = ("main", "times")
     pyramid: dict[str, Any] = {"layers": (1, 2, 3), "patch_size": 1, "stride": 2}  # 28 x 28 places, as PatchCore has them
     return [
-        Row("spade", "SPADE", groups, "spade", pixels=True, **pyramid),
+        Row("spade", "SPADE", groups, "spade", **pyramid),
         Row("padim", "PaDiM", groups, "padim", pixels=True, **pyramid),
         Row("ivfpq-100", "PatchCore-100% + IVFPQ", groups, "ivfpq", 1, pixels=True),
     ]

@@ -96,17 +96,17 @@ class Study:
         patches = [Patches(store, paths, layers, **options) for paths in (train, test)]  # type: ignore[arg-type]
         return Case(row, seed, patches[0], patches[1], size, self.out / "cache", row.pixels or self.dataset.measures_pixels)
 
-    def forward_seconds(self, row: Row) -> float:
+    def forward_seconds(self, row: Row, paths: Sequence[str]) -> float:
         """Seconds from an image file to its patch features, the median of a few images, one at a time."""
         if row.members:
-            return sum(self.forward_seconds(replace(row, backbone=name, members=())) for name in row.members)
+            return sum(self.forward_seconds(replace(row, backbone=name, members=()), paths) for name in row.members)
         extractor = self.backbones.extractor(self._name(row.backbone), self._layers(row))
         extractor.patch_size, extractor.stride, extractor.aggregation = row.patch_size, row.stride, self.aggregation
         transform = self.dataset.transform(row.size)
         seconds = []
-        for image in self.dataset.classes[0].test[: _TIMED_IMAGES + 1]:
+        for path in paths[: _TIMED_IMAGES + 1]:
             started = time.perf_counter()
-            with torch.inference_mode(), PIL.Image.open(image.path) as opened:
+            with torch.inference_mode(), PIL.Image.open(path) as opened:
                 extractor(transform(opened)[None])
             seconds.append(time.perf_counter() - started)
         return sorted(seconds[1:])[len(seconds[1:]) // 2]
@@ -140,12 +140,13 @@ class Study:
         case = self.case(row, item, seed)
         scored = METHODS[row.method](case)
         result = self._measured(case, item, scored)
-        forward = self.forward_seconds(row) if "times" in row.groups and seed == 0 else None
+        forward = self.forward_seconds(row, case.test.paths) if "times" in row.groups and seed == 0 else None
         entry = {"digest": digest, "result": result.to_dict(), "facts": scored.facts, "seconds": {**scored.seconds, "forward": forward}}
         path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(entry)
         with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(entry) + "\n", encoding="ascii")
-        return entry
+            temporary.write_text(text + "\n", encoding="ascii")
+        return dict(json.loads(text))  # as a later run reads it
 
     def _digest(self, row: Row, item: DatasetClass, seed: int) -> str:
         """A name for all that decides a row's result."""
