@@ -7,7 +7,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 PEERS = $(if $(wildcard build/peers/bin/python),--peers build/peers/bin/python)
 PYTHON_SOURCES := setup.py patchcore_ext python_tests examples benchmarks
 
-.PHONY: help setup demo screenshots test test-core test-python test-aarch64 bench bench-peers check format sanitize clean
+.PHONY: help setup demo screenshots test test-core test-python test-aarch64 bench bench-peers paper check format sanitize clean
 
 help:
 	@echo "make demo    set everything up, then find the cracks in real solar cells"
@@ -18,6 +18,7 @@ help:
 	@echo "make sanitize  the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make test-aarch64  the C++ tests for 64-bit Arm under qemu"
 	@echo "make bench   benchmarks; make bench-peers first fetches anomalib and fpsample"
+	@echo "make paper   the rows of the paper's tables on magnetic tiles and solar cells; needs PATCHCORE_EXT_DATA and PATCHCORE_EXT_RESNET18"
 	@echo "make screenshots  the pictures of the report in docs/, from the demo's page; needs Chromium"
 	@echo "make clean   remove what was built (.venv stays)"
 
@@ -88,6 +89,12 @@ bench-peers: $(VENV)/built
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$(build/peers/bin/python -c "import site; print(site.getsitepackages()[0])")/borrowed.pth
 	build/peers/bin/pip install --quiet anomalib
 	$(BIN)/pip install --quiet fpsample
+
+ELPV = $$($(BIN)/python -c "import importlib.util as u; print(u.find_spec('elpv_dataset').submodule_search_locations[0])")/data
+paper: $(VENV)/demo-material
+	$(BIN)/pip install --quiet faiss-cpu
+	$(BIN)/python -m benchmarks.paper "$(PATCHCORE_EXT_DATA)/mtd" --dataset mtd --backbone resnet18 --exactness --publish
+	$(BIN)/python -m benchmarks.paper "$(ELPV)" --dataset elpv --backbone resnet18 --rows retention --publish
 
 clean:
 	rm -rf build dist demo *.egg-info patchcore_ext/*.so $(VENV)/built
