@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import subprocess
-from math import log10
+from math import ceil, floor, log10
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -110,10 +110,9 @@ def line_chart(
     distinct = sorted(set(xs))
     for x in distinct if len(distinct) <= 12 else [low_x + i * (high_x - low_x) / 5 for i in range(6)]:
         parts.append(f'<text x="{at(x, low_y)[0]:.1f}" y="{top + height + 18}" text-anchor="middle">{x:g}</text>')
-    for i in range(6):
-        y = low_y + i * (high_y - low_y) / 5
+    for y in _ticks(low_y, high_y):
         parts.append(f'<path d="M{left} {at(xs[0], y)[1]:.1f}h{width}" stroke="#d5dade"/>')
-        parts.append(f'<text x="{left - 6}" y="{at(xs[0], y)[1] + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+        parts.append(f'<text x="{left - 6}" y="{at(xs[0], y)[1] + 4:.1f}" text-anchor="end">{y:g}</text>')
     parts.append(f'<text x="{left + width / 2}" y="{top + height + 40}" text-anchor="middle">{escape(labels[0])}</text>')
     parts.append(f'<text transform="translate(16 {top + height / 2}) rotate(-90)" text-anchor="middle">{escape(labels[1])}</text>')
     for i, (name, points) in enumerate(series.items()):
@@ -123,6 +122,12 @@ def line_chart(
         parts.append(f'<rect x="{left + width + 14}" y="{top + 20 * i}" width="14" height="4" fill="{color}"/>')
         parts.append(f'<text x="{left + width + 34}" y="{top + 20 * i + 7}">{escape(name)}</text>')
     path.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers from low to high, four to ten of them."""
+    step = next(step for power in range(-12, 13) for step in (10.0**power, 2 * 10.0**power, 5 * 10.0**power) if (high - low) / step <= 9)
+    return [round(i * step, 12) for i in range(ceil(low / step), floor(high / step) + 1)]
 
 
 def _range(values: list[float], margin: float = 0.0) -> tuple[float, float]:

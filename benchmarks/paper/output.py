@@ -93,8 +93,8 @@ def _head(dataset: Dataset, content: dict[str, Any]) -> str:
         "where there is a deviation.",
         f"```\n{settings['command']}\n```",
         "The paper's figures are those of MVTec AD with WideResNet50 unless a table says otherwise: where ours are of other images or another network, they "
-        "stand beside ours for orientation, not as a comparison. Numbers of tables S1 to S6 are this project's. A dash: undefined, not published or, for pixels, "
-        "not measured (where a protocol asks for image AUROC alone, pixels are measured for the main rows).",
+        "stand beside ours for orientation, not as a comparison. Numbers of tables S1 to S6 are this project's. A dash: undefined, not published or, for "
+        "pixels, not measured (where a protocol asks for image AUROC alone, pixels are measured for the main rows).",
         "\n".join(f"- {note}" for note in dataset.notes),
         f"Everything but the times comes out the same again; digest of all numbers: `{content['numbers_digest']}`.",
     ]
