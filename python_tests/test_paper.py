@@ -211,6 +211,9 @@ def test_interrupted_run_goes_on_and_makes_no_feature_again(dataset: Dataset, tm
     study.run_row(ROWS["patch-9"], 0)  # other neighbourhoods, same maps
     monkeypatch.setitem(methods.METHODS, "random", None)
     assert study.run_row(ROWS["random-10"], 0) == first
+    unfinished = replace(study, only_finished=True).run(chosen(["random-10", "patch-5"]), 1)
+    assert unfinished["random-10"]["runs"] == [first]
+    assert unfinished["patch-5"] == {"unavailable": "not finished"}
     assert sum(made) == 20
 
 

@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--aggregation", choices=("concat", "paper"), default="concat", help="see FeatureExtractor (default: concat)")
     made.add_argument("--limit", type=int, metavar="N", help="at most N nominal images and 2 N of the test of each class: for a try")
     made.add_argument("--out", type=Path, metavar="DIR", help="results, and the cache, safe to delete (default: build/benchmarks/paper/NAME)")
+    made.add_argument("--finished", action="store_true", help="run nothing: tables of the rows that are finished in --out")
     made.add_argument("--exactness", action="store_true", help="also compare picks, scores and AUROC between instruction sets, and with greedy in float32")
     made.add_argument("--publish", action="store_true", help="also write the tables and figures into benchmarks/")
     made.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     dataset = datasets.read(arguments.dataset, arguments.root, split=arguments.split, cache=out / "cache", limit=arguments.limit)
     backbones = Backbones(arguments.weights_dir, arguments.download)
-    study = Study(dataset, backbones, arguments.backbone, out, arguments.aggregation, False if arguments.quiet else None)
+    study = Study(dataset, backbones, arguments.backbone, out, arguments.aggregation, False if arguments.quiet else None, arguments.finished)
     results = study.run(rows, arguments.seeds)
     if all("unavailable" in result for result in results.values()):
         raise ValueError(f"paper: expected at least one row that can run, got none; the first says: {next(iter(results.values()))['unavailable']}")
@@ -68,7 +69,7 @@ def command(arguments: argparse.Namespace) -> str:
         value = getattr(arguments, name)
         if value not in (None, "tile", "concat"):
             parts += [f"--{name}", str(value)]
-    return shlex.join([*parts, *(f"--{name}" for name in ("exactness", "publish") if getattr(arguments, name))])
+    return shlex.join([*parts, *(f"--{name}" for name in ("finished", "exactness", "publish") if getattr(arguments, name))])
 
 
 def main() -> int:

@@ -122,9 +122,16 @@ def _backbones() -> list[Row]:
 
 def _splits() -> list[Row]:
     """Table 6, for the magnetic tiles: what the split makes of the result."""
-    rule = {"image": "split by single image", "given": "split as the folders have it"}
-    models = [("patchcore-10", "PatchCore-10%", 0.1), ("patchcore-1", "PatchCore-1%", 0.01)]
-    return [Row(f"{name}-split-{v}", f"{title}, {rule[v]}", ("splits",), ratio=ratio, variant=v) for v in rule for name, title, ratio in models]
+    groups, single = ("splits",), "split by single image"
+    return [
+        Row("patchcore-10-split-image", f"PatchCore-10%, {single}", groups, ratio=0.1, variant="image"),
+        Row("patchcore-1-split-image", f"PatchCore-1%, {single}", groups, variant="image", seeded=True),
+        Row("random-1-split-image", f"random 1%, {single}", groups, "random", variant="image", seeded=True),
+        *(
+            Row(f"patchcore-{_percent(r)}-split-given", f"PatchCore-{_percent(r)}%, split of the folders", groups, ratio=r, variant="given")
+            for r in (0.1, 0.01)
+        ),
+    ]
 
 
 def _low_shot() -> list[Row]:

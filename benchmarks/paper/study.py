@@ -42,6 +42,7 @@ class Study:
         out: folder of the cache and of finished rows.
         aggregation: "concat" or "paper", of all rows.
         progress: show bars; None: on a terminal.
+        only_finished: run nothing; rows that are not finished say so.
     """
 
     dataset: Dataset
@@ -50,6 +51,7 @@ class Study:
     out: Path
     aggregation: str = "concat"
     progress: bool | None = None
+    only_finished: bool = False
     _stores: dict[tuple[str, int | None], MapStore] = field(default_factory=dict)
 
     def run(self, rows: Sequence[Row], seeds: int) -> dict[str, Any]:
@@ -137,6 +139,8 @@ class Study:
                 return stored
         except (OSError, ValueError, KeyError):
             pass
+        if self.only_finished:
+            raise UnavailableError("not finished")
         case = self.case(row, item, seed)
         scored = METHODS[row.method](case)
         result = self._measured(case, item, scored)

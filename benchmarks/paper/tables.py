@@ -178,6 +178,8 @@ def _other_datasets(results: Results, dataset: Dataset) -> Table:
         name = "pixel_auroc" if metric == "pixel AUROC" else "image_auroc"
         for title, value in values.items():
             ours = results.percent("patchcore-10", name) if title == "PatchCore-10%" and dataset.name == key else _NONE
+            if ours != _NONE and dataset.notes:
+                ours += f" ({dataset.notes[0].split(',')[0].lower()})"  # the rule of the split
             lines.append([{"mtd": "magnetic tiles", "mstc": "ShanghaiTech"}[key], title, metric, _figure(value), ours])
     if dataset.name == "mtd":
         lines += [["magnetic tiles", row.title, "image AUROC", _NONE, results.percent(row.name, "image_auroc")] for row in rows_of("splits")]
