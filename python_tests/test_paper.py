@@ -357,6 +357,6 @@ def test_exactness_lines_name_what_differs(tmp_path: Path) -> None:
     assert expanded["picks"][0] == exact["picks"][0]
     assert len(set(expanded["picks"])) == len(exact["picks"]) == 11
     line = {"picks": 11, "picks_in_other_places": 2, "other_rows": 1, "scores_sha256": "ab" * 32, "same_scores": False, "image_auroc": 0.5}
-    page = exactness.markdown([{"variant": "x", **line}, {"variant": "y", "error": "no compiler"}])
-    assert "| x | 11 | 2 | 1 | others (abababababab) | 0.5 |" in page
+    page = exactness.markdown([{"variant": "|x|", **line}, {"variant": "y", "error": "no compiler"}])
+    assert r"| \|x\| | 11 | 2 | 1 | others (abababababab) | 0.5 |" in page
     assert "| y | not run: no compiler |" in page

@@ -28,7 +28,7 @@ from .maps import digest_of
 from .rows import ROWS
 from .study import Study
 
-NOMINAL, TESTED = 200, 200  # images, evenly from beginning to end
+NOMINAL, TESTED = 200, 100  # images, evenly from beginning to end
 RATIO = 0.01
 FLOAT32: dict[str, Callable[[Tensor, int, int], Tensor]] = {
     "float32, sum of squared differences, C++": coreset_methods.plain_loop,
@@ -60,7 +60,8 @@ def compare(study: Study, out: Path) -> list[dict[str, Any]]:
 
 
 def _variants(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    turns = [("exact", level, threads) for level in patchcore_ext.build_info()["cpu_levels"][::-1] for threads in (2, 1)]
+    best, *others = patchcore_ext.build_info()["cpu_levels"][::-1]
+    turns = [("exact", best, 2), ("exact", best, 1), *(("exact", level, 2) for level in others)]
     turns += [(name, None, 2) for name in FLOAT32]
     first: dict[str, Any] | None = None
     for method, level, threads in turns:
@@ -86,12 +87,13 @@ def markdown(lines: list[dict[str, Any]]) -> str:
     """The table."""
     made = ["| selection and scoring | picks | in other places | other rows | scores | image AUROC |", "|---|---|---|---|---|---|"]
     for line in lines:
+        variant = line["variant"].replace("|", "\\|")
         if "error" in line:
-            made.append(f"| {line['variant']} | not run: {line['error']} | | | | |")
+            made.append(f"| {variant} | not run: {line['error']} | | | | |")
             continue
         scores = "the same bits" if line["same_scores"] else "others"
         counts = f"{line['picks']:,} | {line['picks_in_other_places']:,} | {line['other_rows']:,}"
-        made.append(f"| {line['variant']} | {counts} | {scores} ({line['scores_sha256'][:12]}) | {line['image_auroc']!r} |")
+        made.append(f"| {variant} | {counts} | {scores} ({line['scores_sha256'][:12]}) | {line['image_auroc']!r} |")
     return "\n".join(made)
 
 

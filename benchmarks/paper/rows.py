@@ -127,10 +127,7 @@ def _splits() -> list[Row]:
         Row("patchcore-10-split-image", f"PatchCore-10%, {single}", groups, ratio=0.1, variant="image"),
         Row("patchcore-1-split-image", f"PatchCore-1%, {single}", groups, variant="image", seeded=True),
         Row("random-1-split-image", f"random 1%, {single}", groups, "random", variant="image", seeded=True),
-        *(
-            Row(f"patchcore-{_percent(r)}-split-given", f"PatchCore-{_percent(r)}%, split of the folders", groups, ratio=r, variant="given")
-            for r in (0.1, 0.01)
-        ),
+        *(Row(f"patchcore-{_percent(r)}-split-given", f"PatchCore-{_percent(r)}%, the folders' split", groups, ratio=r, variant="given") for r in (0.1, 0.01)),
     ]
 
 
