@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from threadpoolctl import threadpool_limits
 from torch import Tensor, from_numpy
 
 BYTES = 64  # of a row's code, or as many as divide its dimensions
@@ -26,21 +27,18 @@ def build_index(rows: Tensor, bits: int = 8) -> Any:
 
     count, dim = rows.shape
     values = rows.numpy()
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
+    with threadpool_limits(1):
         index = faiss.IndexIVFPQ(faiss.IndexFlatL2(dim), dim, max(1, round(count**0.5)), code_bytes(dim), bits)
         step = max(1, count // _TRAINING_ROWS)
         index.train(values[::step].copy())
         for start in range(0, count, _TRAINING_ROWS):
             index.add(values[start : start + _TRAINING_ROWS])
-    finally:
-        faiss.omp_set_num_threads(threads)
     index.nprobe = PROBED
     return index
 
 
 def search(index: Any, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Distances float32 [Q, k], as the index sees them, and rows int64 [Q, k]."""
-    squared, nearest = index.search(queries.contiguous().numpy(), k)
+    with threadpool_limits(1):  # the last bits of its matrix products depend on the number
+        squared, nearest = index.search(queries.contiguous().numpy(), k)
     return from_numpy(squared).clamp(min=0).sqrt(), from_numpy(nearest)
