@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def compile_flags() -> list[str]:
+    """Flags for every source: includes, definitions, options."""
     import pybind11
     from torch.utils.cpp_extension import include_paths
 

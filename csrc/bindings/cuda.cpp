@@ -50,6 +50,13 @@ class Call {
     return torch::stable::empty(std::vector<int64_t>(size), type, std::nullopt, device_);
   }
 
+  // Opaque memory: zero where no array lies, so that the same rows give the same bytes.
+  Tensor zeros(int64_t bytes) const {
+    Tensor memory = empty({bytes}, ScalarType::Byte);
+    check(cudaMemsetAsync(memory.mutable_data_ptr(), 0, static_cast<size_t>(bytes), stream_));
+    return memory;
+  }
+
   Tensor workspace(int64_t bytes) const { return empty({bytes > 0 ? bytes : 1}, ScalarType::Byte); }
 
   // Every tensor of a call must be on the same device.
@@ -206,7 +213,7 @@ namespace {
 
 Tensor codes_of(const Call& call, const Rows& rows, const double* center, const char* op) {
   Flags flags(call);
-  Tensor codes = call.empty({cuda::coreset_codes_bytes(rows.count, rows.dim)}, ScalarType::Byte);
+  Tensor codes = call.zeros(cuda::coreset_codes_bytes(rows.count, rows.dim));
   Tensor memory = call.workspace(cuda::coreset_codes_workspace_bytes(rows.dim));
   call.check(cuda::coreset_codes_cuda(rows, center, memory_of(memory), memory_of(codes), flags.data(), call.stream()));
   if (flags.read() != 0) explain_nonfinite(call, op, {{"features", &rows}});
@@ -311,7 +318,7 @@ Tensor prepare_bank_cuda(const Tensor& bank, const Tensor& center, const Tensor&
   call.same_device(order, "order");
   check_permutation(call.fetch<int32_t>(order.const_data_ptr(), rows.count).data(), rows.count, op, "order");
   Flags flags(call);
-  Tensor prepared = call.empty({cuda::prepared_bank_bytes(rows.count, rows.dim, with_prefixes)}, ScalarType::Byte);
+  Tensor prepared = call.zeros(cuda::prepared_bank_bytes(rows.count, rows.dim, with_prefixes));
   Tensor memory = call.workspace(cuda::prepare_bank_workspace_bytes(rows.count, rows.dim, with_prefixes));
   call.check(cuda::prepare_bank_cuda(rows, values_of<double>(center), with_prefixes ? values_of<int16_t>(matrix) : nullptr, values_of<int32_t>(order),
                                      with_prefixes, memory_of(memory), memory_of(prepared), flags.data(), call.stream()));
