@@ -7,7 +7,7 @@ CXX_FILES := $(shell find csrc examples -name '*.cpp' -o -name '*.h' -o -name '*
 PEERS = $(if $(wildcard build/peers/bin/python),--peers build/peers/bin/python)
 PYTHON_SOURCES := setup.py patchcore_ext python_tests examples benchmarks tools
 
-.PHONY: help setup demo screenshots test test-core test-python test-peers test-onnx test-aarch64 bench bench-peers bench-pipelines peers gpu-test check format sanitize clean
+.PHONY: help setup demo screenshots test test-core test-python test-peers test-onnx test-aarch64 bench bench-peers bench-pipelines peers gpu-test paper check format sanitize clean
 
 help:
 	@echo "make demo    set everything up, then find the cracks in real solar cells"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-aarch64  the C++ tests for 64-bit Arm under qemu"
 	@echo "make gpu-test  build, tests, sanitizers and benchmarks on an NVIDIA GPU, under nine minutes"
 	@echo "make bench   benchmarks; make bench-peers first fetches anomalib and fpsample"
+	@echo "make paper   the rows of the paper's tables on magnetic tiles and solar cells; needs PATCHCORE_EXT_DATA and PATCHCORE_EXT_RESNET18"
 	@echo "make screenshots  the pictures of the report in docs/, from the demo's page; needs Chromium"
 	@echo "make clean   remove what was built (.venv stays)"
 
@@ -113,6 +114,12 @@ test-peers: peers
 	@test -n "$$ANOMALIB_TESTS" || echo "test-peers: ANOMALIB_TESTS names no tests folder of anomalib: its own tests are skipped"
 	build/peers/bin/python -m pytest python_tests/test_anomalib.py python_tests/test_anomalib_checkpoint.py python_tests/test_anomalib_engine.py \
 		python_tests/test_patchcore_inspection.py python_tests/test_peers_own_tests.py python_tests/test_recipes.py
+
+ELPV = $$($(BIN)/python -c "import importlib.util as u; print(u.find_spec('elpv_dataset').submodule_search_locations[0])")/data
+paper: $(VENV)/demo-material
+	$(BIN)/pip install --quiet faiss-cpu
+	$(BIN)/python -m benchmarks.paper "$(PATCHCORE_EXT_DATA)/mtd" --dataset mtd --backbone resnet18 --exactness --publish
+	$(BIN)/python -m benchmarks.paper "$(ELPV)" --dataset elpv --backbone resnet18 --rows retention --publish
 
 clean:
 	rm -rf build dist demo *.egg-info patchcore_ext/*.so $(VENV)/built

@@ -36,7 +36,7 @@ class ImageScore:
         defect: the kind of defect, "good" for none.
         is_defective: the truth.
         score: image anomaly score; None if the file could not be read.
-        is_anomalous: the verdict, score > threshold of the model; None if the file could not be read.
+        is_anomalous: the verdict, score > threshold of the model; None if the file could not be read, or without a threshold.
     """
 
     path: str
@@ -58,7 +58,7 @@ class ClassResult:
         f1_threshold: the threshold that reaches it.
         misclassified: images on the wrong side of ``f1_threshold``.
         errors_at_full_recall: false alarms at the largest threshold that misses no defect.
-        threshold: the model's own, found without the test images.
+        threshold: the model's own, found without the test images; None for a method without one, and so are ``false_alarms`` and ``misses``.
         false_alarms: good images above ``threshold``.
         misses: images with defects that are not above ``threshold``.
         num_train: images the model was fitted on.
@@ -78,9 +78,9 @@ class ClassResult:
     f1_threshold: float | None
     misclassified: int | None
     errors_at_full_recall: int | None
-    threshold: float
-    false_alarms: int
-    misses: int
+    threshold: float | None
+    false_alarms: int | None
+    misses: int | None
     num_train: int
     num_good: int
     num_defective: int
@@ -164,7 +164,7 @@ class EvaluationResult:
     def _lines(self) -> Iterator[list[Any]]:
         for name, result in self.classes.items():
             for image in result.images:
-                verdict = ["", ""] if image.score is None else [repr(image.score), int(bool(image.is_anomalous))]
+                verdict = ["" if image.score is None else repr(image.score), "" if image.is_anomalous is None else int(image.is_anomalous)]
                 yield [name, image.path, image.defect, int(image.is_defective), *verdict]
 
 

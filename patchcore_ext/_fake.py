@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from . import _library
+
 
 def _first_nonfinite_row(features: Tensor) -> Tensor:
     return features.new_empty((), dtype=torch.int64)
@@ -29,8 +31,23 @@ def _codes_bytes(rows: int, words: int) -> int:
     return sum((count + 63) // 64 * 64 for count in (rows * 4 * words, rows * 4, rows * 4))
 
 
+def _cuda_codes_bytes(rows: int, depth: int) -> int:
+    """code_rows_at of csrc/core/cuda/codes.cuh: codes, norms, starts, residuals and those of tiles, each padded to 256 bytes."""
+    padded = max(1, (rows + 127) // 128) * 128
+    return sum((size + 255) // 256 * 256 for size in (padded * depth, padded * 4, padded * 8, padded * 4, padded // 128 * 4))
+
+
+def _cuda_bank_bytes(rows: int, dim: int, with_prefixes: bool) -> int:
+    """prepared_bank_bytes of csrc/core/cuda/nearest.cu: order, scales, center, codes, and with prefixes the matrix and their codes."""
+    depth = (dim + 63) // 64 * 64
+    size = (rows * 4 + 255) // 256 * 256 + 256 + (dim * 8 + 255) // 256 * 256 + _cuda_codes_bytes(rows, depth)
+    return size + 256 * 2 * depth + _cuda_codes_bytes(rows, 64) + _cuda_codes_bytes(rows, 192) if with_prefixes else size
+
+
 def _coreset_codes(features: Tensor, center: Tensor, prefix: Tensor) -> Tensor:
     rows, dim = features.shape
+    if _library.runs_cuda_kernels(features.device):
+        return features.new_empty((256 + _cuda_codes_bytes(rows, (dim + 63) // 64 * 64),), dtype=torch.uint8)
     outputs = prefix.shape[1]
     size = 64 + _codes_bytes(rows, (dim + 3) // 4) + (_codes_bytes(rows, (outputs + 4) // 4) if outputs > 0 else 0)
     return features.new_empty((size,), dtype=torch.uint8)
@@ -47,6 +64,8 @@ def _add_picks(features: Tensor, picks: Tensor, min_distances: Tensor, codes: Te
 def _prepare_bank(bank: Tensor, center: Tensor, matrix: Tensor, short_outputs: int, order: Tensor) -> Tensor:
     """The size of what lay_out of csrc/core/cpu/bank.cpp lays out; opcheck compares it with the kernel's."""
     rows, dim = bank.shape
+    if _library.runs_cuda_kernels(bank.device):
+        return bank.new_empty((_cuda_bank_bytes(rows, dim, matrix.shape[0] > 0),), dtype=torch.uint8)
     outputs, tiles = matrix.shape[0], (rows + 63) // 64
 
     def tile_filter(words: int) -> list[int]:

@@ -104,6 +104,14 @@ def _no_device() -> str | None:
     return "torch sees no CUDA device"
 
 
+def runs_cuda_kernels(device: torch.device) -> bool:
+    """Whether tensors of ``device`` go to the CUDA kernels, whose int8 copies are laid out in their own way.
+
+    On the CPU they do in the build for tests (tools/simt_package.py), where the CUDA sources run on it.
+    """
+    return device.type == "cuda" or bool(_C.is_simt())
+
+
 def kernel_problem(device: torch.device) -> str | None:
     """Why the ops cannot run on tensors of ``device``, with the remedy, or None when they can."""
     if device.type == "cpu":

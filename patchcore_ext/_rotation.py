@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _random
+from . import _library, _random
 
 _SAMPLE_ROWS = 4096
 _PREFIX = 47  # with the norm of the rest as one more coordinate: 48 codes, twelve words
@@ -30,7 +30,7 @@ def center_and_prefix(rows: Tensor) -> tuple[Tensor, Tensor]:
     sample = rows[::step][:_SAMPLE_ROWS].double()  # [S, D]
     center = sample.median(0).values
     dim = rows.shape[1]
-    if dim not in _PREFIX_DIMS:
+    if dim not in _PREFIX_DIMS or _library.runs_cuda_kernels(rows.device):  # there, all coordinates are compared at once
         return center, center.new_zeros(dim, 0)
     deviations = sample - center
     scale = deviations.abs().max()
@@ -50,10 +50,12 @@ def center_and_prefix(rows: Tensor) -> tuple[Tensor, Tensor]:
 # where neighbourhoods are pooled to 1536, 127 and 511 take less than half the time of these.
 _SHORT, _SHORT_REST = (63, 79, 95, 127), 0.16
 _LONG, _LONG_REST = (191, 255, 383, 511), 0.03
+_CUDA_LENGTHS = (63, 191)  # csrc/core/cuda/kernels.h
 _PREPARED_ROWS = 1024  # below, the matrix takes more memory than it is worth
 _PREPARED_DIMS = range(192, 8193)
 _POWER_STEPS = 5
 _UNIT = 2**14
+_MOST_ENTRY = 16255  # csrc/core/cuda/codes.cuh, kLargestPlaneValue
 _AXES, _TILE = 16, 64  # of the order of the rows
 
 
@@ -86,10 +88,15 @@ def center_and_prefixes(bank: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
     scale = deviations.abs().max()
     if not (bool(scale > 0) and bool(scale.isfinite())):
         return without
-    directions, rest = _principal_directions((deviations / scale).float(), min(_LONG[1], 2 * dim // 3))
-    if rest[-1] > _LONG_REST and 2 * dim // 3 > _LONG[1]:
-        directions, rest = _principal_directions((deviations / scale).float(), min(_LONG[-1], 2 * dim // 3))
-    lengths = (_shortest(_SHORT, _SHORT_REST, rest), _shortest(_LONG, _LONG_REST, rest))
+    deviations = (deviations / scale).float()
+    if _library.runs_cuda_kernels(bank.device):
+        lengths = _CUDA_LENGTHS
+        directions, _ = _principal_directions(deviations, lengths[1])
+    else:
+        directions, rest = _principal_directions(deviations, min(_LONG[1], 2 * dim // 3))
+        if rest[-1] > _LONG_REST and 2 * dim // 3 > _LONG[1]:
+            directions, rest = _principal_directions(deviations, min(_LONG[-1], 2 * dim // 3))
+        lengths = (_shortest(_SHORT, _SHORT_REST, rest), _shortest(_LONG, _LONG_REST, rest))
     parts = [_integer_contraction(directions[:, :count], seed) for seed, count in enumerate(lengths)]
     order = _neighborly_order((bank.float() - center.float()) @ directions[:, :_AXES].float())
     return center, torch.cat(parts), lengths[0], order
@@ -102,7 +109,7 @@ def _shortest(lengths: Sequence[int], share: float, rest: Tensor) -> int:
 
 def _neighborly_order(points: Tensor) -> Tensor:
     """A permutation, int32 ``[M]``, of points ``[M, axes]`` that puts neighbours together: split in the middle along the widest axis, again and again."""
-    order, finished = [torch.arange(points.shape[0])], []
+    order, finished = [torch.arange(points.shape[0], device=points.device)], []
     while order:
         part = order.pop()
         tiles = -(-part.numel() // _TILE)
@@ -124,7 +131,7 @@ def _principal_directions(deviations: Tensor, count: int) -> tuple[Tensor, Tenso
     dim = deviations.shape[1]
     with torch.autocast(deviations.device.type, enabled=False):
         covariance = deviations.T @ deviations  # [D, D]
-        start = torch.from_numpy(_random.gaussian_projection_matrix(dim, min(count + 16, dim), seed=2)).T.float()
+        start = torch.from_numpy(_random.gaussian_projection_matrix(dim, min(count + 16, dim), seed=2)).T.float().to(deviations.device)
         basis = torch.linalg.qr(start).Q  # [D, count + 16]
         for _ in range(_POWER_STEPS):
             basis = torch.linalg.qr(covariance @ basis).Q
@@ -136,12 +143,12 @@ def _principal_directions(deviations: Tensor, count: int) -> tuple[Tensor, Tenso
 def _integer_contraction(directions: Tensor, seed: int) -> Tensor:
     """int16 ``[outputs, D]``: the directions turned among themselves, times 2^14 and a little less, so that each row of |A A^T| sums to at most 2^28."""
     outputs = directions.shape[1]
-    mixing = torch.from_numpy(_random.gaussian_projection_matrix(outputs, outputs, seed=seed))
+    mixing = torch.from_numpy(_random.gaussian_projection_matrix(outputs, outputs, seed=seed)).to(directions.device)
     rows = (directions @ torch.linalg.qr(mixing).Q).T  # [outputs, D]
     factor = 1.0
     while True:
         matrix: Tensor = (rows * (_UNIT * factor)).round()
-        bound = float((matrix @ matrix.T).abs().sum(1).max()) / _UNIT**2
+        bound = max(float((matrix @ matrix.T).abs().sum(1).max()) / _UNIT**2, float(matrix.abs().max()) / _MOST_ENTRY)
         if bound <= 1:
             return matrix.to(torch.int16)
         factor *= 0.9999 / bound**0.5

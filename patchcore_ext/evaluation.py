@@ -7,27 +7,25 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._evaluation_results import ClassResult, EvaluationResult, ImageScore, printable, write_json
+from ._measurement import Clock, measure
 from ._results import MAP_FORMATS, ResultFolder
 from ._version import __version__
-from .images import ImageTransform
-from .layout import DatasetClass, LabelledImage, load_mask, read_dataset
+from .layout import DatasetClass, LabelledImage, read_dataset
 from .memory_bank import check_output_path
-from .metrics import PixelMetrics, errors_at_full_recall, f1_optimal_threshold, image_auroc
+from .metrics import PixelMetrics
 from .patchcore import PatchCore, Prediction
 from .threshold import check_false_alarm_rate
 
-__all__ = ["ClassResult", "EvaluationResult", "ImageScore", "evaluate"]
+__all__ = ["ClassResult", "EvaluationResult", "ImageScore", "evaluate", "measure"]
 
 _log = logging.getLogger("patchcore_ext")
 _RESULT = "result.json"
@@ -193,135 +191,36 @@ def _finished(folder: Path, digest: str) -> ClassResult | None:
 
 
 def _evaluate_class(model: PatchCore, item: DatasetClass, folder: Path | None, options: _Options) -> ClassResult:
-    clock = _Clock()
+    clock = Clock()
     if not model.is_fitted:
         model.fit(item.train, false_alarm_rate=options.false_alarm_rate, progress=options.progress)
         clock.seconds.update(model.timings)
     paths = [image.path for image in item.test]
     files = None if folder is None else ResultFolder(folder, paths, threshold=model.threshold, color_scale=model.threshold, save_maps=options.save_maps)
-    problems = list(item.problems)
-    pixels = _Pixels(options.limit, model.transform, problems) if any(image.mask for image in item.test) else None
-    images = {image.path: image for image in item.test}
-    scores: dict[str, ImageScore] = {}
+    problems = []
 
     def leave_out(path: str, error: ValueError) -> None:
         _log.warning("Left out: %s", printable(str(error)))
         problems.append(str(error))
 
-    for prediction in clock.timed("predict", model.predict(paths, progress=options.progress, on_unreadable=leave_out)):
-        image = images[prediction.path]
-        scores[image.path] = ImageScore(image.path, image.defect, image.is_defective, prediction.score, prediction.is_anomalous)
-        mask = None
-        if pixels is not None:
-            with clock("metrics"):
-                mask = pixels.add(image, prediction)
+    def write(image: LabelledImage, prediction: Prediction, mask: Tensor | None) -> None:
         if files is not None:
-            with clock("files"):
-                files.add(prediction, defect=image.defect, is_defective=image.is_defective, mask=None if mask is None else mask.numpy())
-    with clock("metrics"):
-        metrics = {**_image_metrics(list(scores.values())), **(_Pixels.undefined if pixels is None else pixels.compute())}
+            files.add(prediction, defect=image.defect, is_defective=image.is_defective, mask=None if mask is None else mask.numpy())
+
+    result = measure(
+        item,
+        clock.timed("predict", model.predict(paths, progress=options.progress, on_unreadable=leave_out)),
+        transform=model.transform,
+        threshold=model.threshold,
+        limit=options.limit,
+        num_train=model.fit_report.get("num_images"),
+        problems=problems,
+        on_image=None if files is None else write,
+        clock=clock,
+    )
     if files is not None:
         with clock("files"):
-            summary = {"Threshold": f"{model.threshold:.6g}", "Backbone": model.extractor.backbone_name, "Left out": str(len(paths) - len(scores))}
-            shown = {name: metrics[key] for name, key in _SHOWN_METRICS}
+            summary = {"Threshold": f"{model.threshold:.6g}", "Backbone": model.extractor.backbone_name, "Left out": str(result.num_unreadable)}
+            shown = {name: getattr(result, key) for name, key in _SHOWN_METRICS}
             files.finish(item.name, summary, model.fit_report.get("covering_curve", []), shown)
-    return ClassResult(
-        **metrics,
-        threshold=model.threshold,
-        num_train=model.fit_report.get("num_images", len(item.train)),
-        num_unreadable=len(paths) - len(scores),
-        problems=tuple(problems),
-        seconds=clock.seconds,
-        images=tuple(scores.get(image.path) or ImageScore(image.path, image.defect, image.is_defective, None, None) for image in item.test),
-    )
-
-
-def _image_metrics(images: Sequence[ImageScore]) -> dict[str, Any]:
-    labels = [image.is_defective for image in images]
-    scores = [image.score for image in images if image.score is not None]
-    counts = {
-        "num_good": labels.count(False),
-        "num_defective": labels.count(True),
-        "false_alarms": sum(bool(image.is_anomalous) and not image.is_defective for image in images),
-        "misses": sum(not image.is_anomalous and image.is_defective for image in images),
-    }
-    if len(set(labels)) < 2:
-        undefined = ("image_auroc", "f1", "f1_threshold", "misclassified", "errors_at_full_recall")
-        return {**dict.fromkeys(undefined), **counts}
-    optimum = f1_optimal_threshold(labels, scores)
-    return {
-        "image_auroc": image_auroc(labels, scores),
-        "f1": optimum.f1,
-        "f1_threshold": optimum.threshold,
-        "misclassified": optimum.misclassified,
-        "errors_at_full_recall": errors_at_full_recall(labels, scores).false_alarms,
-        **counts,
-    }
-
-
-class _Pixels:
-    """Pixel metrics of the images that have a truth; what is wrong with a mask goes to ``problems``."""
-
-    undefined: Mapping[str, None] = {"pixel_auroc": None, "aupro": None}
-
-    def __init__(self, limit: float, transform: ImageTransform, problems: list[str]) -> None:
-        self._metrics = PixelMetrics(limit)
-        self._transform = transform
-        self._problems = problems
-        self._pixels = self._seen_pixels = 0  # of all images
-        self._marked = self._seen_marked = 0  # those of defects
-
-    def add(self, image: LabelledImage, prediction: Prediction) -> Tensor | None:
-        """Counts an image in; returns its mask [H, W], if there is one that can be used."""
-        if image.is_defective and image.mask is None:
-            return None
-        height, width = prediction.anomaly_map.shape
-        try:
-            mask = None if image.mask is None else load_mask(image.mask, (height, width))
-        except ValueError as error:
-            _log.warning("Left out: %s", printable(str(error)))
-            self._problems.append(str(error))
-            return None
-        seen = self._transform.seen_part(height, width)
-        self._metrics.update(None if mask is None else mask[seen], prediction.anomaly_map[seen])
-        self._pixels += height * width
-        self._seen_pixels += prediction.anomaly_map[seen].numel()
-        if mask is not None:
-            self._marked += int(mask.sum())
-            self._seen_marked += int(mask[seen].sum())
-        return mask
-
-    def compute(self) -> Mapping[str, float | None]:
-        if self._metrics.num_images == 0:
-            return self.undefined
-        if self._seen_pixels < self._pixels:
-            area, marked = 1 - self._seen_pixels / self._pixels, 1 - self._seen_marked / max(self._marked, 1)
-            self._problems.append(
-                f"The crop cuts off {area:.0%} of the test images' area and {marked:.0%} of their marked pixels; metrics of pixels are of the rest."
-            )
-        result = self._metrics.compute()
-        return {"pixel_auroc": result.pixel_auroc, "aupro": result.aupro}
-
-
-class _Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        started = perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + perf_counter() - started
-
-    def timed(self, stage: str, items: Iterator[Prediction]) -> Iterator[Prediction]:
-        """The items, with the time that making them takes."""
-        while True:
-            with self(stage):
-                item = next(items, None)
-            if item is None:
-                return
-            yield item
+    return result

@@ -27,7 +27,7 @@ from ._backbone import (
     shortened,
 )
 
-__all__ = ["FeatureExtractor", "PatchFeatures"]
+__all__ = ["FeatureExtractor", "PatchFeatures", "pool_maps"]
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +177,21 @@ class FeatureExtractor(nn.Module):
         Note:
             Gradients are recorded unless the caller turns them off: wrap the call in ``torch.inference_mode()``.
         """
+        return pool_maps(list(self.maps(images).values()), self.aggregation, self.patch_size, self.stride, self.feature_dim)
+
+    def maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the maps of the layers as the network gives them, for whoever keeps them: `pool_maps` makes patch features of them.
+
+        Args:
+            images: As for `forward`.
+
+        Returns:
+            For each layer, in the order of `layers`, its map [B, C, h, w]. A layer's map does not depend on the other layers asked for, nor on the options of
+            the neighbourhood.
+
+        Raises:
+            ValueError: As for `forward`.
+        """
         if images.ndim != 4 or not images.is_floating_point() or (images.shape[1] != 3 and not self.is_custom):
             raise ValueError(
                 "FeatureExtractor: expected images to be a float tensor [B, 3, H, W], "
@@ -186,10 +201,7 @@ class FeatureExtractor(nn.Module):
         images = images.to(device=weight.device, dtype=weight.dtype, memory_format=torch.channels_last)
         with torch.autocast(weight.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             outputs = self.network(images)
-        maps = [self._checked_map(layer, outputs[layer], len(images)) for layer in self.layers]
-        if self.aggregation == "concat":
-            return _concatenate(maps, self.patch_size, self.stride)
-        return _pool_as_in_paper(maps, self.patch_size, self.stride, self.feature_dim)
+        return {layer: self._checked_map(layer, outputs[layer], len(images)) for layer in self.layers}
 
     def digest(self) -> str:
         """Return "sha256:<hex>" over the weights that the layers use.
@@ -260,6 +272,25 @@ class FeatureExtractor(nn.Module):
             )
         feature_map: Tensor = output.float() if self.precision == "bfloat16" else output
         return feature_map.permute(0, 3, 1, 2) if layer in self._nhwc_layers else feature_map
+
+
+def pool_maps(maps: list[Tensor], aggregation: str, patch_size: int, stride: int, feature_dim: int) -> PatchFeatures:
+    """Return the patch features of the layers' maps (Eq. (1)-(3)): the second half of FeatureExtractor, which needs no network.
+
+    Args:
+        maps: Of each layer, [B, C, h, w]; see `FeatureExtractor.maps`. They may be of different sizes.
+        aggregation: As for FeatureExtractor, and so are patch_size, stride and feature_dim.
+        patch_size: p, odd.
+        stride: Of the patches that are kept.
+        feature_dim: D of "paper".
+
+    Raises:
+        ValueError, TypeError: An option is out of its range.
+    """
+    _check_options(aggregation, patch_size, stride, feature_dim)
+    if aggregation == "concat":
+        return _concatenate(maps, patch_size, stride)
+    return _pool_as_in_paper(maps, patch_size, stride, feature_dim)
 
 
 def _concatenate(maps: list[Tensor], patch_size: int, stride: int) -> PatchFeatures:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _checks, _fake, _rotation  # noqa: F401  (_fake registers the fake kernels)
+from . import _checks, _fake, _library, _rotation  # noqa: F401  (_fake registers the fake kernels)
 from ._checks import ArrayLike
 
 __all__ = [
@@ -297,7 +297,7 @@ def nearest_neighbors(queries: ArrayLike, bank: ArrayLike, k: int, prepared: Seq
     with _checks.native_errors(op):
         codes = _codes_of(op, prepared)
         # Not while exporting: a program for any number of queries must not ask for it.
-        if codes is None and _can_be_prepared(known) and not torch.compiler.is_exporting() and asked.shape[0] >= _MANY_QUERIES:
+        if codes is None and _pays_at_once(known) and not torch.compiler.is_exporting() and asked.shape[0] >= _MANY_QUERIES:
             codes = _ops.prepare_bank(known.detach(), *_rotation.center_alone(known.detach()))
         squared_distances, indices = _ops.nearest_neighbors(asked, known, k, codes)
     return squared_distances, indices
@@ -307,6 +307,11 @@ def _codes_of(op: str, prepared: Sequence[Tensor]) -> Tensor | None:
     if len(prepared) > 1:
         raise ValueError(f"{op}: expected prepared to be what prepare_bank gave, got {len(prepared)} tensors.")
     return prepared[0] if prepared else None
+
+
+def _pays_at_once(bank: Tensor) -> bool:
+    """Whether preparing a bank can pay within one call; the CUDA kernels make the codes of one themselves."""
+    return _can_be_prepared(bank) and not _library.runs_cuda_kernels(bank.device)
 
 
 def _can_be_prepared(bank: Tensor) -> bool:

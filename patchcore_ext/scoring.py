@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, ops
+from . import _checks, _library, ops
 from ._checks import ArrayLike
 from .memory_bank import MemoryBank
 
@@ -78,7 +78,7 @@ class PatchScorer(torch.nn.Module):
     def prepare(self) -> None:
         """Makes the int8 copies of the bank anew."""
         started = time.perf_counter()
-        prepared = ops.prepare_bank(self.bank) if self.bank.device.type == "cpu" else []
+        prepared = ops.prepare_bank(self.bank) if _library.kernel_problem(self.bank.device) is None else []
         self.register_buffer("_prepared", prepared[0] if prepared else None, persistent=False)
         self._prepare_seconds = time.perf_counter() - started
 

@@ -17,7 +17,7 @@ import torchvision
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from patchcore_ext.features import FeatureExtractor
+from patchcore_ext.features import FeatureExtractor, pool_maps
 
 RESNET18_STATE = os.environ.get("PATCHCORE_EXT_RESNET18", "")
 Array = NDArray[np.float64]
@@ -129,7 +129,7 @@ def naive_features(maps: list[Array], aggregation: str, patch_size: int, stride:
 
 
 @pytest.mark.parametrize("aggregation", ["concat", "paper"])
-@pytest.mark.parametrize("patch_size", [1, 3, 5])
+@pytest.mark.parametrize("patch_size", [1, 3, 5, 9])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("layers", [("fine", "middle"), ("middle",), ("fine", "middle", "coarse"), ("coarse", "fine")])
 def test_features_equal_loops(aggregation: str, patch_size: int, stride: int, layers: tuple[str, ...]) -> None:
@@ -699,3 +699,21 @@ def test_an_extractor_pickles() -> None:
     images = torch.rand(1, 3, 9, 9, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         assert torch.equal(pickle.loads(pickle.dumps(extractor))(images).features, extractor(images).features)
+
+
+@pytest.mark.parametrize("aggregation", ["concat", "paper"])
+def test_pooling_kept_maps_gives_the_features(aggregation: str) -> None:
+    images = torch.rand(2, 3, 40, 56, generator=torch.Generator().manual_seed(0))
+    backbone = torchvision.models.resnet18(weights=None)
+    with torch.inference_mode():
+        maps = FeatureExtractor(backbone, ("layer1", "layer2", "layer3")).maps(images)
+        expected = FeatureExtractor(backbone, ("layer2", "layer3"), aggregation=aggregation, patch_size=5, stride=2, feature_dim=100)(images)
+        pooled = pool_maps([maps["layer2"], maps["layer3"]], aggregation, 5, 2, 100)
+    assert list(maps) == ["layer1", "layer2", "layer3"]
+    assert torch.equal(pooled.features, expected.features)
+    assert pooled.grid == expected.grid
+
+
+def test_pooling_refuses_options_out_of_range() -> None:
+    with pytest.raises(ValueError, match="expected patch_size to be odd, got 4"):
+        pool_maps([torch.zeros(1, 2, 4, 4)], "concat", 4, 1, 8)

@@ -23,6 +23,7 @@ FLOORS = (
     {"patchcore"},
     {"report"},
     {"_results", "_evaluation_results"},
+    {"_measurement"},
     {"evaluation"},
     {"_cli_options"},
     {"_cli_evaluate", "_cli_inspect"},

@@ -50,6 +50,13 @@ class Call {
     return torch::stable::empty(std::vector<int64_t>(size), type, std::nullopt, device_);
   }
 
+  // Opaque memory: zero where no array lies, so that the same rows give the same bytes.
+  Tensor zeros(int64_t bytes) const {
+    Tensor memory = empty({bytes}, ScalarType::Byte);
+    check(cudaMemsetAsync(memory.mutable_data_ptr(), 0, static_cast<size_t>(bytes), stream_));
+    return memory;
+  }
+
   Tensor workspace(int64_t bytes) const { return empty({bytes > 0 ? bytes : 1}, ScalarType::Byte); }
 
   // Every tensor of a call must be on the same device.
@@ -197,7 +204,8 @@ void update_min_distances_cuda(const Tensor& features, const Tensor& centers, Te
   call.same_device(min_distances, "min_distances");
   Flags flags(call);
   Tensor memory = call.workspace(cuda::update_min_distances_workspace_bytes(input.rows, added.rows));
-  call.check(cuda::update_min_distances_cuda(input.rows, added.rows, memory_of(memory), writable<double>(min_distances), flags.data(), call.stream()));
+  call.check(
+      cuda::update_min_distances_cuda(input.rows, added.rows, memory_of(memory), writable<double>(min_distances), flags.data(), call.stream()));
   if (flags.read() != 0) explain_nonfinite(call, op, {{"features", &input.rows}, {"centers", &added.rows}});
 }
 
@@ -205,7 +213,7 @@ namespace {
 
 Tensor codes_of(const Call& call, const Rows& rows, const double* center, const char* op) {
   Flags flags(call);
-  Tensor codes = call.empty({cuda::coreset_codes_bytes(rows.count, rows.dim)}, ScalarType::Byte);
+  Tensor codes = call.zeros(cuda::coreset_codes_bytes(rows.count, rows.dim));
   Tensor memory = call.workspace(cuda::coreset_codes_workspace_bytes(rows.dim));
   call.check(cuda::coreset_codes_cuda(rows, center, memory_of(memory), memory_of(codes), flags.data(), call.stream()));
   if (flags.read() != 0) explain_nonfinite(call, op, {{"features", &rows}});
@@ -280,8 +288,8 @@ std::tuple<Tensor, Tensor> greedy_coreset_cuda(const Tensor& features, Tensor mi
   if (rows.dim > kMaxFilterDim) {
     Flags flags(call);
     Tensor picked = call.empty({1}, ScalarType::Int);
-    call.check(cuda::greedy_by_all_cuda(rows, count, writable<int32_t>(picked), state, writable<int64_t>(indices), writable<double>(squared_distances),
-                                        flags.data(), call.stream()));
+    call.check(cuda::greedy_by_all_cuda(rows, count, writable<int32_t>(picked), state, writable<int64_t>(indices),
+                                        writable<double>(squared_distances), flags.data(), call.stream()));
     if (flags.read() != 0) explain_nonfinite(call, op, {{"features", &rows}});
     return {indices, squared_distances};
   }
@@ -310,7 +318,7 @@ Tensor prepare_bank_cuda(const Tensor& bank, const Tensor& center, const Tensor&
   call.same_device(order, "order");
   check_permutation(call.fetch<int32_t>(order.const_data_ptr(), rows.count).data(), rows.count, op, "order");
   Flags flags(call);
-  Tensor prepared = call.empty({cuda::prepared_bank_bytes(rows.count, rows.dim, with_prefixes)}, ScalarType::Byte);
+  Tensor prepared = call.zeros(cuda::prepared_bank_bytes(rows.count, rows.dim, with_prefixes));
   Tensor memory = call.workspace(cuda::prepare_bank_workspace_bytes(rows.count, rows.dim, with_prefixes));
   call.check(cuda::prepare_bank_cuda(rows, values_of<double>(center), with_prefixes ? values_of<int16_t>(matrix) : nullptr, values_of<int32_t>(order),
                                      with_prefixes, memory_of(memory), memory_of(prepared), flags.data(), call.stream()));
@@ -333,8 +341,7 @@ std::tuple<Tensor, Tensor> nearest_neighbors_cuda(const Tensor& queries, const T
   if (prepared.has_value()) call.same_device(*prepared, "prepared");
   Flags flags(call);
   Tensor squared_distances = call.empty({asked.rows.count, k}, ScalarType::Double), indices = call.empty({asked.rows.count, k}, ScalarType::Long);
-  Tensor memory =
-      call.workspace(cuda::nearest_neighbors_workspace_bytes(asked.rows, known.rows, codes.memory != nullptr, codes.with_prefixes, k));
+  Tensor memory = call.workspace(cuda::nearest_neighbors_workspace_bytes(asked.rows, known.rows, codes.memory != nullptr, codes.with_prefixes, k));
   call.check(cuda::nearest_neighbors_cuda(asked.rows, known.rows, codes.memory, codes.with_prefixes, k, 0, memory_of(memory),
                                           writable<double>(squared_distances), writable<int64_t>(indices), nullptr, flags.data(), call.stream()));
   if (flags.read() != 0) explain_nonfinite(call, op, {{"queries", &asked.rows}, {"bank", &known.rows}});
@@ -357,8 +364,7 @@ Tensor image_scores_cuda(const Tensor& squared_distances, const Tensor& nearest_
   if (prepared.has_value()) call.same_device(*prepared, "prepared");
   Flags flags(call);
   Tensor scores = call.empty({batch}, ScalarType::Float);
-  Tensor memory =
-      call.workspace(cuda::image_scores_workspace_bytes(known.rows, codes.memory != nullptr, codes.with_prefixes, batch, num_neighbors));
+  Tensor memory = call.workspace(cuda::image_scores_workspace_bytes(known.rows, codes.memory != nullptr, codes.with_prefixes, batch, num_neighbors));
   call.check(cuda::image_scores_cuda(values_of<double>(squared_distances), values_of<int64_t>(nearest_indices), asked.rows, known.rows, codes.memory,
                                      codes.with_prefixes, batch, num_patches, num_neighbors, memory_of(memory), writable<float>(scores), flags.data(),
                                      call.stream()));

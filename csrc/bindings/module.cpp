@@ -31,5 +31,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("version", [] { return PATCHCORE_EXT_VERSION; }, "Version of the sources this library was built from.");
   module.def("compiler", &compiler, "Compiler that built this library.");
   module.def("cpu_level", [] { return patchcore::level().name; }, "Instruction-set level in use: scalar, avx2, avxvnni or avx512.");
+#if defined(PATCHCORE_SIMT)
+  constexpr bool kIsSimt = true;
+#else
+  constexpr bool kIsSimt = false;
+#endif
+  module.def("is_simt", [] { return kIsSimt; }, "Whether this build is for tests: the CUDA kernels in place of the CPU's, run on the CPU.");
   module.def("available_cpu_levels", &available_cpu_levels, "Levels that this processor can run, slowest first.");
 }
