@@ -21,6 +21,20 @@ void on_turing(F&& use) {
 
 }  // namespace
 
+TEST(coreset_passes_fit_into_64_kib) {
+  on_turing([] {
+    for (const int64_t dim : {20, 100, 300}) {  // codes of 64, 128 and of any number of bytes
+      data::Set set = waves(300, dim);
+      const Rows& rows = data::rows_of(set);
+      device::Picks picks = {device::Vector<double>(300, std::numeric_limits<double>::infinity()), {}, {}};
+      device::CoresetCodes codes(rows);
+      codes.select(5, 0, 1, &picks);
+      CHECK_EQ(picks.indices.size(), 5u);
+      codes.add(picks.indices, &picks.state);
+    }
+  });
+}
+
 TEST(searches_fit_into_64_kib) {
   on_turing([] {
     for (const int64_t dim : {20, 300}) {
