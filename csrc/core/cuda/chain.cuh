@@ -31,28 +31,27 @@ struct Edge {
   double distance;
 };
 
-enum CandidateState : uint8_t { kOpen, kSafe, kTaken, kOut };
+// kBlocked: open, but an open one before it could still lower it in this round.
+enum CandidateState : uint8_t { kOpen, kBlocked, kSafe, kTaken, kOut };
 
 // Shared memory of the block. Keys are the bits of squared distances, which are ordered like them.
 struct Chain {
   unsigned long long* keys;  // [candidates]
   int32_t* rows;             // [candidates]
-  int32_t* accepted;         // [candidates] places
-  uint8_t* states;           // [candidates]
-  uint8_t* blocked;          // [candidates]
   int32_t* counters;         // [2]: open candidates are left; accepted
+  uint16_t* accepted;        // [candidates] places
+  uint8_t* states;           // [candidates]
 };
 
-constexpr int chain_bytes(int candidates) { return candidates * (8 + 4 + 4 + 1 + 1) + 16; }
+constexpr int chain_bytes(int candidates) { return candidates * (8 + 4 + 2 + 1) + 16; }  // 4096: less than the 64 KiB of sm_75
 
 __device__ __forceinline__ Chain chain_at(char* shared, int candidates) {
   Chain chain;
   chain.keys = reinterpret_cast<unsigned long long*>(shared);
   chain.rows = reinterpret_cast<int32_t*>(chain.keys + candidates);
-  chain.accepted = chain.rows + candidates;
-  chain.counters = chain.accepted + candidates;
-  chain.states = reinterpret_cast<uint8_t*>(chain.counters + 4);
-  chain.blocked = chain.states + candidates;
+  chain.counters = chain.rows + candidates;
+  chain.accepted = reinterpret_cast<uint16_t*>(chain.counters + 4);
+  chain.states = reinterpret_cast<uint8_t*>(chain.accepted + candidates);
   return chain;
 }
 
@@ -75,7 +74,7 @@ __device__ __forceinline__ void load_chain(const Chain& chain, const double* key
 // Lists the accepted candidates: returns their number, to all threads.
 __device__ __forceinline__ int list_accepted(const Chain& chain, int count) {
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kChainThreads) {
-    if (chain.states[i] == kTaken) chain.accepted[atomicAdd(&chain.counters[1], 1)] = i;
+    if (chain.states[i] == kTaken) chain.accepted[atomicAdd(&chain.counters[1], 1)] = static_cast<uint16_t>(i);
   }
   __syncthreads();
   return chain.counters[1];
@@ -87,34 +86,32 @@ __device__ __forceinline__ int run_chain(const Chain& chain, int count, double e
   const unsigned long long limit = excluded < 0 ? 0 : bits_of(excluded);
   for (;;) {
     for (int i = thread; i < count; i += kChainThreads) {
-      chain.blocked[i] = 0;
       if (chain.states[i] == kSafe) chain.states[i] = kTaken;
-      if (chain.states[i] != kOpen) continue;
-      if (before(chain.keys[i], chain.rows[i], limit, excluded_row))
-        chain.counters[0] = 1;
-      else
-        chain.states[i] = kOut;
+      if (chain.states[i] > kBlocked) continue;
+      const bool open = before(chain.keys[i], chain.rows[i], limit, excluded_row);
+      chain.states[i] = open ? kOpen : kOut;
+      if (open) chain.counters[0] = 1;
     }
     __syncthreads();
     const bool open = chain.counters[0] != 0;
     if (!open) break;  // in all threads alike
     for (int e = thread; e < num_edges; e += kChainThreads) {
       const Edge edge = edges[e];
-      if (chain.states[edge.i] != kOpen || chain.states[edge.j] != kOpen) continue;
+      if (chain.states[edge.i] > kBlocked || chain.states[edge.j] > kBlocked) continue;
       const bool first = before(chain.keys[edge.i], chain.rows[edge.i], chain.keys[edge.j], chain.rows[edge.j]);
       const int later = first ? edge.j : edge.i;
-      if (bits_of(edge.distance) < chain.keys[later]) chain.blocked[later] = 1;  // the earlier of the two could still lower it
+      if (bits_of(edge.distance) < chain.keys[later]) chain.states[later] = kBlocked;
     }
     __syncthreads();
     if (thread == 0) chain.counters[0] = 0;
     for (int i = thread; i < count; i += kChainThreads) {
-      if (chain.states[i] == kOpen && chain.blocked[i] == 0) chain.states[i] = kSafe;
+      if (chain.states[i] == kOpen) chain.states[i] = kSafe;
     }
     __syncthreads();
     for (int e = thread; e < num_edges; e += kChainThreads) {
       const Edge edge = edges[e];
-      const bool picks_i = chain.states[edge.i] == kSafe && chain.states[edge.j] == kOpen;
-      const bool picks_j = chain.states[edge.j] == kSafe && chain.states[edge.i] == kOpen;
+      const bool picks_i = chain.states[edge.i] == kSafe && chain.states[edge.j] == kBlocked;
+      const bool picks_j = chain.states[edge.j] == kSafe && chain.states[edge.i] == kBlocked;
       if (!picks_i && !picks_j) continue;
       const int pick = picks_i ? edge.i : edge.j, other = picks_i ? edge.j : edge.i;
       // The key of a safe one does not change in this loop; that of the open one may be lowered by others meanwhile, which changes nothing (point 3).
