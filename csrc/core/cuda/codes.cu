@@ -96,7 +96,7 @@ constexpr int kContractBytes = kContractStages * (kContractRows + kContractOutpu
 
 __device__ __forceinline__ int swizzled_line(int row, int unit) { return row * kPlaneChunk + ((unit ^ (row >> 1 & 3)) << 4); }  // as in tile_scan.cuh
 
-__global__ void __launch_bounds__(kBlockThreads) contract_kernel(const int8_t* steps, const int8_t* matrix, int64_t depth, int32_t* products) {
+__global__ void __launch_bounds__(kBlockThreads, 2) contract_kernel(const int8_t* steps, const int8_t* matrix, int64_t depth, int32_t* products) {
   PATCHCORE_DYNAMIC_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x), lane = lane_of_thread();
   const int warp_row = warp_of_thread() / 2 * 32, warp_output = warp_of_thread() % 2 * 32;

@@ -239,7 +239,7 @@ __device__ __forceinline__ void filter_block(const FilterArguments& p, const Pol
   start_rows(p, count_a, policy, state, first_row, largest_residual(p.b.first.tile_residuals, range));
   const ScanOperands operands = {p.a.first.codes, p.b.first.codes, p.b.first.starts, p.a.first.depth};
   const int last = range.first + range.count - 1;
-  scan_tiles<S>(operands, shared, first_row, range, [&](const typename S::Sums& sums, int tile) {
+  scan_tiles<S>(operands, shared, range, [&](const typename S::Sums& sums, int tile) {
     const int place = tile & (kGroup - 1);  // in the group
     mark_survivors<S>(sums, state, place * kTileWords);
     if (place != kGroup - 1 && tile != last) return;

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) near_codes_kernel(const Sca
   int most[S::kRowSteps][2];
 #pragma unroll
   for (int m = 0; m < S::kRowSteps; ++m) most[m][0] = most[m][1] = INT32_MIN;
-  scan_tiles<S>(operands, shared, first_row, range, [&](const typename S::Sums& sums, int tile) {
+  scan_tiles<S>(operands, shared, range, [&](const typename S::Sums& sums, int tile) {
 #pragma unroll
     for (int m = 0; m < S::kRowSteps; ++m)
 #pragma unroll
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   start_rows(p, p.count_a, policy, state, first_row, largest_residual(p.b.first.tile_residuals, range));
   unsigned long long found = 0;
   const ScanOperands operands = {p.a.first.codes, p.b.first.codes, p.b.first.starts, p.a.first.depth};
-  scan_tiles<S>(operands, shared, first_row, range, [&](const typename S::Sums& sums, int) {
+  scan_tiles<S>(operands, shared, range, [&](const typename S::Sums& sums, int) {
     mark_survivors<S>(sums, state, 0);
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kTileWords; i += kThreads) {

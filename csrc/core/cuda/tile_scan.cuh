@@ -2,8 +2,8 @@
 // memory.
 //
 //                B: a tile of 128 rows                A block of 8 warps owns 128 rows of A and walks over its share of B's tiles. A warp computes
-//              +------+------+------+------+          64 x 32 (depth 64: 32 x 64) of a tile with mma m16n8k32. Codes come in chunks of 64 bytes,
-//   A: 128     | 64x32                     |          kStages of them in flight (cp.async). A of a depth known at compile time stays in
+//              +------+------+------+------+          32 x 64 of a tile with mma m16n8k32. Codes come in chunks of 64 bytes,
+//   A: 128     |   32x64     |             |          kStages of them in flight (cp.async). A of a depth known at compile time stays in
 //   rows       +------+                    |          shared memory; else it is streamed with B, through the caches.
 //              +------+------+------+------+
 //
@@ -36,7 +36,7 @@ template <int kDepth_>
 struct Scan {
   static constexpr int kDepth = kDepth_;
   static constexpr bool kStartsAsOperand = kDepth == kChunk;  // one chunk a tile
-  static constexpr int kWarpRows = kStartsAsOperand ? 32 : 64, kWarpColumns = kStartsAsOperand ? 64 : 32;
+  static constexpr int kWarpRows = 32, kWarpColumns = 64;
   static constexpr int kRowSteps = kWarpRows / 16, kColumnSteps = kWarpColumns / 8;
   static constexpr int kWarpsAcross = kTileColumns / kWarpColumns;
   static constexpr int kStages = 3;
@@ -67,9 +67,9 @@ struct TileRange {
 
 __device__ __forceinline__ int swizzled(int row, int unit) { return row * kChunk + ((unit ^ (row >> 1 & 3)) << 4); }
 
-// Calls finish(sums, tile) for every tile of the range, in all threads together; it may use barriers. row: the block's first row of A.
+// Calls finish(sums, tile) for every tile of the range, in all threads together; it may use barriers. Block x has the rows of A from 128 x on.
 template <class S, class Finish>
-__device__ __forceinline__ void scan_tiles(const ScanOperands& p, char* shared, int64_t row, const TileRange& range, Finish&& finish) {
+__device__ __forceinline__ void scan_tiles(const ScanOperands& p, char* shared, const TileRange& range, Finish&& finish) {
   constexpr int kStages = S::kStages;
   char* const shared_a = shared;
   char* const shared_b = shared + S::kBytesA;
@@ -88,21 +88,21 @@ __device__ __forceinline__ void scan_tiles(const ScanOperands& p, char* shared, 
       cp_async16(to_b, next_b);
       cp_async16(to_b + 64 * kChunk, next_b + 64 * depth);
       if (S::kDepth == 0 || left == range.count) {
-        const int8_t* from_a = p.a + (row + thread / 4) * depth + thread % 4 * 16 + loaded_chunk * kChunk;
+        const int8_t* from_a = p.a + (static_cast<int64_t>(blockIdx.x) * kTileRows + thread / 4) * depth + thread % 4 * 16 + loaded_chunk * kChunk;
         char* to_a = shared_a + (S::kDepth == 0 ? stage : loaded_chunk) * kTileRows * kChunk + own;
         cp_async16(to_a, from_a);
         cp_async16(to_a + 64 * kChunk, from_a + 64 * depth);
       }
       // A tile's starts lie in the stage of its first chunk, and are read before that stage is loaded again.
       if (loaded_chunk == 0 && thread < kTileColumns / 2) {
-        const int64_t tile = range.first + static_cast<int64_t>(range.count - left) * range.step;
+        const int64_t tile = range.first + (range.count - left) * range.step;
         cp_async16(starts + (stage * kTileColumns + thread * 2) * 2, p.b_starts + (tile * kTileColumns + thread * 2) * 2);
       }
       next_b += kChunk;
       if (++loaded_chunk == chunks) {
         loaded_chunk = 0;
         --left;
-        next_b += (static_cast<int64_t>(range.step) * kTileColumns - 1) * depth;
+        next_b += static_cast<int64_t>(range.step * kTileColumns - 1) * depth;
       }
     }
     cp_async_commit();
@@ -119,8 +119,7 @@ __device__ __forceinline__ void scan_tiles(const ScanOperands& p, char* shared, 
     __syncthreads();               // so have the others', and nobody reads the stage any more that is loaded next
     load(stage == 0 ? kStages - 1 : stage - 1);
   };
-  const int end = range.first + range.count * range.step;
-  for (int tile = range.first; tile != end; tile += range.step) {
+  for (int index = 0; index < range.count; ++index) {
     const int32_t* tile_starts = starts + stage * kTileColumns * 2;
     typename S::Sums sums;  // set before they are added to, dead behind finish, which may therefore call what it likes
     next_chunk();
@@ -141,49 +140,31 @@ __device__ __forceinline__ void scan_tiles(const ScanOperands& p, char* shared, 
       stage = stage + 1 == kStages ? 0 : stage + 1;
 #pragma unroll
       for (int k = 0; k < kChunk / 32; ++k) {
-        // The side with fewer fragments is held, the other goes by: that keeps registers free.
-        const auto load_a = [&](uint32_t (&a)[4], int m) { ldmatrix_x4(a, chunk_a + (own_a ^ k * 32) + m * 16 * kChunk); };
-        const auto load_b = [&](uint32_t (&b)[4], int n) {  // of columns 16 n .. 16 n + 15: b0, b1 of the first eight, b0, b1 of the others
-          ldmatrix_x4(b, chunk_b + (own_b ^ k * 32) + n * 16 * kChunk);
-        };
-        if constexpr (S::kStartsAsOperand) {
-          uint32_t a[S::kRowSteps][4];
+        uint32_t a[S::kRowSteps][4];
 #pragma unroll
-          for (int m = 0; m < S::kRowSteps; ++m) load_a(a[m], m);
+        for (int m = 0; m < S::kRowSteps; ++m) ldmatrix_x4(a[m], chunk_a + (own_a ^ k * 32) + m * 16 * kChunk);
 #pragma unroll
-          for (int n = 0; n < S::kColumnSteps; n += 2) {
-            uint32_t b[4];
-            load_b(b, n / 2);
+        for (int n = 0; n < S::kColumnSteps; n += 2) {
+          uint32_t b[4];  // b0, b1 of eight columns, b0, b1 of the next eight
+          ldmatrix_x4(b, chunk_b + (own_b ^ k * 32) + n * 8 * kChunk);
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
+          for (int e = 0; e < 2; ++e) {
+            if (S::kStartsAsOperand && k == 0) {
               const int4 start = *reinterpret_cast<const int4*>(tile_starts + S::column_of(n + e, 0) * 2);
               const int quad[4] = {start.x, start.y, start.z, start.w};
 #pragma unroll
-              for (int m = 0; m < S::kRowSteps; ++m) {
-                if (k == 0)
-                  mma_s8(sums[m][n + e], a[m], b[2 * e], b[2 * e + 1], quad);
-                else
-                  mma_s8(sums[m][n + e], a[m], b[2 * e], b[2 * e + 1], sums[m][n + e]);
-              }
+              for (int m = 0; m < S::kRowSteps; ++m) mma_s8(sums[m][n + e], a[m], b[2 * e], b[2 * e + 1], quad);
+            } else {
+#pragma unroll
+              for (int m = 0; m < S::kRowSteps; ++m) mma_s8(sums[m][n + e], a[m], b[2 * e], b[2 * e + 1], sums[m][n + e]);
             }
-          }
-        } else {
-          uint32_t b[S::kColumnSteps / 2][4];
-#pragma unroll
-          for (int n = 0; n < S::kColumnSteps / 2; ++n) load_b(b[n], n);
-#pragma unroll
-          for (int m = 0; m < S::kRowSteps; ++m) {
-            uint32_t a[4];
-            load_a(a, m);
-#pragma unroll
-            for (int n = 0; n < S::kColumnSteps; ++n) mma_s8(sums[m][n], a, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1], sums[m][n]);
           }
         }
       }
       if (S::kStartsAsOperand || ++chunk == chunks) break;
       next_chunk();
     }
-    finish(sums, tile);
+    finish(sums, range.first + index * range.step);
   }
   cp_async_wait<0>();
 }
