@@ -3,6 +3,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <iostream>
 #include <vector>
 
@@ -35,14 +36,27 @@ bool equal(const A& a, const B& b, const char* text_a, const char* text_b, const
   return false;
 }
 
-inline int run_all() {
+// argument: only tests whose name contains it. --first as another one: stops at the first failure.
+inline int run_all(int num_arguments, char** arguments) {
+  size_t run = 0;
+  bool stops = false;
+  const char* part = "";
+  for (int i = 1; i < num_arguments; ++i) {
+    if (std::strcmp(arguments[i], "--first") == 0)
+      stops = true;
+    else
+      part = arguments[i];
+  }
   for (const Case& test : cases()) {
+    if (std::strstr(test.name, part) == nullptr) continue;
     const int before = failures();
     test.run();
-    std::cout << (failures() == before ? "ok   " : "FAIL ") << test.name << "\n";
+    ++run;
+    std::cout << (failures() == before ? "ok   " : "FAIL ") << test.name << std::endl;
+    if (stops && failures() != 0) break;
   }
-  std::cout << cases().size() << " tests, " << failures() << " failed checks\n";
-  return failures() == 0 && !cases().empty() ? 0 : 1;
+  std::cout << run << " tests, " << failures() << " failed checks\n";
+  return failures() == 0 && run != 0 ? 0 : 1;
 }
 
 }  // namespace check
@@ -63,4 +77,4 @@ inline int run_all() {
 #define CHECK_EQ(a, b) check::equal((a), (b), #a, #b, __FILE__, __LINE__)
 
 #define TEST_MAIN() \
-  int main() { return check::run_all(); }
+  int main(int num_arguments, char** arguments) { return check::run_all(num_arguments, arguments); }
