@@ -36,7 +36,7 @@ TEST(picks_equal_those_of_the_cpu_on_every_set) {
       CoresetCodes codes(rows);
       for (const int64_t batch : {0, 1, 12}) {
         if (batch == 1 && dim != 3) continue;
-        const int64_t count = batch == 1 ? 9 : 36;
+        const int64_t count = batch == 1 ? 9 : dim == 17 ? 30 : 13;
         const Picks expected = on_cpu(rows, count);
         device::next_order();
         Picks picks = start(rows.count);
@@ -81,6 +81,43 @@ TEST(added_picks_leave_the_state_of_greedy_ones) {
     CoresetCodes(rows).add(expected.indices, &state);
     CHECK(state == expected.state);
   }
+}
+
+TEST(picks_of_several_groups_of_tiles_lower_every_row) {
+  for (data::Set& set : data::sets(540, 2)) {
+    if (set.name != "gaussian" && set.name != "lattice with ties" && set.name != "clusters") continue;
+    const Rows& rows = data::rows_of(set);
+    std::vector<int64_t> picks(520);
+    for (size_t i = 0; i < picks.size(); ++i) picks[i] = static_cast<int64_t>(539 - i);
+    std::vector<double> expected(540, kInfinity), workspace(static_cast<size_t>(coreset_workspace_bytes(rows, serial())) / 8 + 1);
+    std::vector<double> state = expected;
+    Rows centers = rows;
+    centers.count = 520;
+    centers.data = static_cast<const char*>(rows.data) + 20 * rows.stride * (rows.type == ScalarType::kFloat32 ? 4 : 2);
+    CHECK(update_min_distances_cpu(rows, centers, serial(), workspace.data(), expected.data()) == Status::kOk);
+    for (const int64_t pick : picks) expected[static_cast<size_t>(pick)] = kPicked;
+    device::next_order();
+    CoresetCodes(rows).add(picks, &state);
+    if (state != expected) std::cerr << set.name << "\n";
+    CHECK(state == expected);
+  }
+}
+
+TEST(keys_that_differ_in_their_last_bits_are_told_apart) {
+  // The threshold between candidates and others lies in digits that hold bits of the value and of the row.
+  data::Set set = data::fill(data::make("far", 300, 2), [](int64_t r, int64_t j) { return static_cast<double>(j == 0 ? 100 * r : 0); });
+  const Rows& rows = data::rows_of(set);
+  Picks expected = start(300);
+  for (size_t i = 0; i < 300; ++i) expected.state[i] = 1 + static_cast<double>((i * 7 % 12 + (i % 3 == 0 ? 16 : 0)) / 3) * 0x1p-52;
+  Picks picks = expected;
+  expected.indices.resize(250);
+  expected.squared_distances.resize(250);
+  std::vector<double> workspace(static_cast<size_t>(coreset_workspace_bytes(rows, serial())) / 8 + 1);
+  CHECK(greedy_coreset_cpu(rows, 250, serial(), workspace.data(), expected.state.data(), expected.indices.data(), expected.squared_distances.data()) ==
+        Status::kOk);
+  device::next_order();
+  CoresetCodes(rows).select(250, 20, 5, &picks);
+  expect("far", picks, expected);
 }
 
 TEST(minima_over_centers_equal_those_of_the_cpu) {

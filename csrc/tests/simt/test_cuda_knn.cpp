@@ -102,6 +102,17 @@ TEST(the_bank_is_shared_out_among_blocks) {
   simt::device().multiprocessors = 3;
 }
 
+TEST(a_block_goes_through_groups_of_tiles) {
+  simt::device().multiprocessors = 1;
+  for (data::Set& set : data::sets(1300, 3)) {
+    const Rows& bank = data::rows_of(set);
+    const Rows queries = first_rows(bank, 5);
+    device::next_order();
+    expect(set.name, Prepared::nearest(queries, bank, nullptr, false, 3, 0), on_cpu(queries, bank, 3));
+  }
+  simt::device().multiprocessors = 3;
+}
+
 TEST(codes_spare_most_canonical_distances) {
   data::Set set = data::fill(data::make("clusters", 2000, 200), [](int64_t r, int64_t j) {
     return std::sin(static_cast<double>(r % 50 * 200 + j)) + 0.01 * std::sin(static_cast<double>(r * 7 + j * 13 + r * j));
