@@ -36,20 +36,29 @@ bool equal(const A& a, const B& b, const char* text_a, const char* text_b, const
   return false;
 }
 
-// Runs all tests, or those whose names hold one of the arguments.
-inline int run_all(int count, char** arguments) {
-  int run = 0;
+// Runs all tests, or those whose names hold one of the arguments. --first as one of them: stops at the first failure.
+inline int run_all(int num_arguments, char** arguments) {
+  size_t run = 0;
+  bool stops = false;
+  std::vector<const char*> parts;
+  for (int i = 1; i < num_arguments; ++i) {
+    if (std::strcmp(arguments[i], "--first") == 0)
+      stops = true;
+    else
+      parts.push_back(arguments[i]);
+  }
   for (const Case& test : cases()) {
-    bool wanted = count < 2;
-    for (int i = 1; i < count; ++i) wanted = wanted || std::strstr(test.name, arguments[i]) != nullptr;
+    bool wanted = parts.empty();
+    for (const char* part : parts) wanted = wanted || std::strstr(test.name, part) != nullptr;
     if (!wanted) continue;
-    ++run;
     const int before = failures();
     test.run();
-    std::cout << (failures() == before ? "ok   " : "FAIL ") << test.name << "\n";
+    ++run;
+    std::cout << (failures() == before ? "ok   " : "FAIL ") << test.name << std::endl;
+    if (stops && failures() != 0) break;
   }
   std::cout << run << " tests, " << failures() << " failed checks\n";
-  return failures() == 0 && run > 0 ? 0 : 1;
+  return failures() == 0 && run != 0 ? 0 : 1;
 }
 
 }  // namespace check
@@ -70,4 +79,4 @@ inline int run_all(int count, char** arguments) {
 #define CHECK_EQ(a, b) check::equal((a), (b), #a, #b, __FILE__, __LINE__)
 
 #define TEST_MAIN() \
-  int main(int count, char** arguments) { return check::run_all(count, arguments); }
+  int main(int num_arguments, char** arguments) { return check::run_all(num_arguments, arguments); }

@@ -77,6 +77,12 @@ class Block {
 
 #endif
 
+// Written and shuffled orders in turn: a mistake may show in some of them only, and data that differ see different ones.
+inline void next_order() {
+  static uint64_t order = 0;
+  set_order(order++ % 4);
+}
+
 struct Neighbors {
   Vector<double> squared_distances;
   Vector<int64_t> indices;
@@ -97,7 +103,9 @@ class Prepared {
     std::shuffle(order.begin(), order.end(), random);
     Block workspace(cuda::prepare_bank_workspace_bytes(bank.count, bank.dim, with_prefixes));
     std::normal_distribution<double> normal;
-    for (double size = 16384 / std::sqrt(static_cast<double>(bank.dim)); true; size *= 0.7) {
+    // A row of |A A^T| is the square of one row and about 190 products of two; a few retries where that is not enough.
+    const double share = static_cast<double>(bank.dim) + 152 * std::sqrt(static_cast<double>(bank.dim));
+    for (double size = 15500 / std::sqrt(share); true; size *= 0.95) {
       Vector<int16_t> matrix;
       for (int64_t i = 0; with_prefixes && i < (cuda::kSeedPrefix + cuda::kLongPrefix) * bank.dim; ++i)
         matrix.push_back(static_cast<int16_t>(std::max(-16000.0, std::min(16000.0, size * normal(random)))));

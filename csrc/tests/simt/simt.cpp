@@ -23,6 +23,8 @@ namespace {
 Fiber host;
 Fiber* entered_from = nullptr;                 // what changed to a fiber that starts
 std::vector<std::unique_ptr<Thread>> threads;  // of the block; more may lie ready
+std::vector<std::unique_ptr<Fiber>> fibers;    // as many as threads ever were under way at once
+std::vector<Fiber*> free_fibers;
 size_t num_threads = 0;
 size_t num_returned = 0;
 size_t num_at_barrier = 0;
@@ -133,6 +135,18 @@ void land_some(Thread& self) {
   copy.landed = true;
 }
 
+size_t number_of(const Thread& thread) { return static_cast<size_t>(thread.warp - state.warps) * kLanes + thread.lane; }
+
+void begin(Thread& thread, Fiber* fiber) {
+  const size_t t = number_of(thread);
+  const dim3 block = state.block_dim;
+  thread.fiber = fiber;
+  thread.index = {static_cast<unsigned>(t % block.x), static_cast<unsigned>(t / block.x % block.y),
+                  static_cast<unsigned>(t / (size_t{block.x} * block.y))};
+  thread.copies.clear();
+  thread.groups = 0;
+}
+
 // The running thread has come to its end: who goes on, or null if it was the last.
 Thread* finish_thread() {
   Thread& self = *state.current;
@@ -144,40 +158,57 @@ Thread* finish_thread() {
   return next;
 }
 
+// Runs threads one after the other as long as the next one has not started, so that a block whose threads return at once needs one fiber.
 void fiber_main() {
   Fiber::entered(*entered_from);
+  Fiber& self = *state.current->fiber;
   Thread* next = nullptr;
-  try {
-    kernel_body(kernel_context);
-    next = finish_thread();
-  } catch (const GivenUp&) {
-    next = nullptr;
-  }
-  Fiber& self = state.current->fiber;
-  if (next != nullptr) state.current = next;
+  do {
+    try {
+      kernel_body(kernel_context);
+      next = finish_thread();
+    } catch (const GivenUp&) {
+      next = nullptr;
+    }
+    if (next == nullptr) break;
+    state.current = next;
+    if (next->fiber == nullptr) begin(*next, &self);
+  } while (next->fiber == &self);
+  free_fibers.push_back(&self);
   entered_from = &self;
-  Fiber::change(self, next != nullptr ? next->fiber : host, true);
+  Fiber::change(self, next != nullptr ? *next->fiber : host, true);
   std::abort();  // a fiber that has ended is not resumed
 }
 
+// Gives a thread that starts a fiber of its own.
+void start(Thread& thread) {
+  if (free_fibers.empty()) {
+    fibers.push_back(std::make_unique<Fiber>());
+    free_fibers.push_back(fibers.back().get());
+  }
+  Fiber* fiber = free_fibers.back();
+  free_fibers.pop_back();
+  fiber->prepare(fiber_main, number_of(thread) % 16 * 272);
+  begin(thread, fiber);
+}
+
 void prepare_block() {
-  const dim3 block = state.block_dim;
   num_returned = num_at_barrier = 0;
   barrier_sum = 0;
   state.ready_warps = 0;
-  std::memset(state.warps, 0, sizeof state.warps);
+  if (free_fibers.size() != fibers.size()) {  // some were given up
+    free_fibers.clear();
+    for (const std::unique_ptr<Fiber>& fiber : fibers) free_fibers.push_back(fiber.get());
+  }
+  for (Warp& warp : state.warps) warp.lanes = warp.ready = warp.waiting = warp.at_barrier = warp.returned = 0;
   for (size_t t = 0; t < num_threads; ++t) {
     Thread& thread = *threads[t];
-    thread.index = {static_cast<unsigned>(t % block.x), static_cast<unsigned>(t / block.x % block.y),
-                    static_cast<unsigned>(t / (size_t{block.x} * block.y))};
+    thread.fiber = nullptr;
     thread.warp = &state.warps[t / kLanes];
     thread.lane = static_cast<unsigned>(t % kLanes);
     thread.warp->lanes |= 1u << thread.lane;
-    thread.copies.clear();
-    thread.groups = 0;
-    thread.fiber.prepare(fiber_main, t % 16 * 272);
-    make_ready(*thread.warp, 1u << thread.lane);
   }
+  for (Warp& warp : state.warps) make_ready(warp, warp.lanes);
   std::memset(state.shared, poison(), state.shared_bytes + kFence);
 }
 
@@ -185,9 +216,10 @@ void run_block() {
   prepare_block();
   state.turn = 0;
   Thread* first = next_thread();
+  start(*first);
   state.current = first;
   entered_from = &host;
-  Fiber::change(host, first->fiber);
+  Fiber::change(host, *first->fiber);
   state.current = nullptr;
   if (failure.empty() && std::any_of(state.shared + state.shared_bytes, state.shared + state.shared_bytes + kFence,
                                      [](char byte) { return byte != static_cast<char>(poison()); })) {
@@ -228,9 +260,10 @@ void rest() {
   Thread* next = next_thread();
   if (next == nullptr) report_deadlock();
   if (next == &self) return;
+  if (next->fiber == nullptr) start(*next);
   state.current = next;
-  entered_from = &self.fiber;
-  Fiber::change(self.fiber, next->fiber);
+  entered_from = self.fiber;
+  Fiber::change(*self.fiber, *next->fiber);
 }
 
 bool complete_meeting(const Warp& warp, uint32_t mask, uint32_t present) {

@@ -77,8 +77,8 @@ struct Copy {
 struct Warp;
 
 struct Thread {
-  Fiber fiber;
-  uint3 index;  // threadIdx
+  Fiber* fiber;  // null: not started
+  uint3 index;   // threadIdx
   Warp* warp;
   unsigned lane;
   const char* waits_in;  // the barrier or collective
