@@ -14,6 +14,11 @@ _PREFIX = 47  # with the norm of the rest as one more coordinate: 48 codes, twel
 _PREFIX_DIMS = range(96, 4097)  # below, a prefix saves nothing; above, the eigendecomposition costs more than it saves
 
 
+def _median(sample: Tensor) -> Tensor:
+    """The lower median of each column; on CUDA by sorting, as torch has no deterministic median there and may have been told to refuse it."""
+    return sample.sort(0).values[(sample.shape[0] - 1) // 2] if sample.is_cuda else sample.median(0).values
+
+
 def center_and_prefix(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Where the rows are, and the directions in which they differ most.
 
@@ -28,7 +33,7 @@ def center_and_prefix(rows: Tensor) -> tuple[Tensor, Tensor]:
     """
     step = max(1, rows.shape[0] // _SAMPLE_ROWS)
     sample = rows[::step][:_SAMPLE_ROWS].double()  # [S, D]
-    center = sample.median(0).values
+    center = _median(sample)
     dim = rows.shape[1]
     if dim not in _PREFIX_DIMS or _library.runs_cuda_kernels(rows.device):  # there, all coordinates are compared at once
         return center, center.new_zeros(dim, 0)
@@ -62,7 +67,7 @@ _AXES, _TILE = 16, 64  # of the order of the rows
 def center_alone(bank: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
     """As :func:`center_and_prefixes`, without prefixes: for a bank that is used once."""
     step = max(1, bank.shape[0] // _SAMPLE_ROWS)
-    center = bank[::step][:_SAMPLE_ROWS].double().median(0).values
+    center = _median(bank[::step][:_SAMPLE_ROWS].double())
     return center, center.new_zeros((0, bank.shape[1]), dtype=torch.int16), 0, torch.arange(bank.shape[0], dtype=torch.int32, device=bank.device)
 
 
@@ -98,7 +103,7 @@ def center_and_prefixes(bank: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
             directions, rest = _principal_directions(deviations, min(_LONG[-1], 2 * dim // 3))
         lengths = (_shortest(_SHORT, _SHORT_REST, rest), _shortest(_LONG, _LONG_REST, rest))
     parts = [_integer_contraction(directions[:, :count], seed) for seed, count in enumerate(lengths)]
-    order = _neighborly_order((bank.float() - center.float()) @ directions[:, :_AXES].float())
+    order = _neighborly_order(((bank.float() - center.float()) @ directions[:, :_AXES].float()).cpu()).to(bank.device)
     return center, torch.cat(parts), lengths[0], order
 
 
@@ -109,7 +114,7 @@ def _shortest(lengths: Sequence[int], share: float, rest: Tensor) -> int:
 
 def _neighborly_order(points: Tensor) -> Tensor:
     """A permutation, int32 ``[M]``, of points ``[M, axes]`` that puts neighbours together: split in the middle along the widest axis, again and again."""
-    order, finished = [torch.arange(points.shape[0], device=points.device)], []
+    order, finished = [torch.arange(points.shape[0])], []
     while order:
         part = order.pop()
         tiles = -(-part.numel() // _TILE)
@@ -137,7 +142,7 @@ def _principal_directions(deviations: Tensor, count: int) -> tuple[Tensor, Tenso
             basis = torch.linalg.qr(covariance @ basis).Q
         values, vectors = torch.linalg.eigh((basis.T @ covariance @ basis).double())
     directions = (basis.double() @ vectors).flip(1)[:, :count]
-    return directions, 1 - values.flip(0)[:count].cumsum(0) / covariance.double().trace()
+    return directions, 1 - values.cpu().flip(0)[:count].cumsum(0) / covariance.double().trace().cpu()
 
 
 def _integer_contraction(directions: Tensor, seed: int) -> Tensor:

@@ -102,8 +102,20 @@ def test_bad_input_names_the_argument() -> None:
         ops.greedy_coreset(queries, infinite(5), 2, torch.zeros(64, dtype=torch.uint8, device=DEVICE))
     state = infinite(5)
     ops.greedy_coreset(queries, state, 3)
-    with pytest.raises(ValueError, match="of which 2 could be picked"):
+    with pytest.raises(ValueError, match=r"count to lie in \[0, 2\], the rows not yet picked, got 3"):
         ops.greedy_coreset(queries, state, 3)
+    state[1] = float("nan")
+    with pytest.raises(ValueError, match=r"min_distances to hold squared distances, or -1 for picks, got nan in row 1"):
+        ops.greedy_coreset(queries, state, 1)
+    with pytest.raises(ValueError, match="bank to have at least one row"):
+        ops.image_scores(squared, rows, queries, bank[:0])
+
+
+def test_minus_zero_is_zero() -> None:
+    """Values are ordered like their bits, and those of -0 are large."""
+    features = here(torch.arange(4, dtype=torch.float32)[:, None] * 5)
+    state = torch.tensor([-0.0, 1.0, 2.0, 3.0], dtype=torch.float64, device=DEVICE)
+    assert ops.greedy_coreset(features, state, 4)[0].tolist() == [3, 2, 1, 0]
 
 
 def test_opcheck() -> None:

@@ -114,6 +114,7 @@ inline void check_nearest_on(DeviceType device, const Tensor& squared_distances,
 
 inline void check_scored(const Rows& queries, const Rows& bank, int64_t patches, int64_t num_neighbors, const char* op) {
   check_same_dim(queries, "queries", bank, "bank", op);
+  if (bank.count < 1) fail(op, ": expected bank to have at least one row, got none.");
   if (queries.count != patches) fail(op, ": expected queries to have ", patches, " rows, got ", queries.count, ".");
   if (num_neighbors < 1) fail(op, ": expected num_neighbors to be at least 1, got ", num_neighbors, ".");
 }

@@ -258,6 +258,19 @@ void add_picks_cuda(const Tensor& features, const Tensor& picks, Tensor min_dist
 
 namespace {
 
+// The state of a run as the CPU's kernels ask for it.
+void check_state(const Call& call, Tensor& state, int64_t count, const char* op) {
+  Tensor report = call.empty({2}, ScalarType::Long);
+  double* values = writable<double>(state);
+  call.check(cuda::check_state_cuda(values, state.size(0), writable<int64_t>(report), call.stream()));
+  const std::vector<int64_t> found = call.fetch<int64_t>(report.const_data_ptr(), 2);
+  if (found[1] >= 0) {
+    fail(op, ": expected min_distances to hold squared distances, or -1 for picks, got ", call.fetch<double>(values + found[1], 1)[0], " in row ",
+         found[1], ".");
+  }
+  if (count < 0 || count > found[0]) fail(op, ": expected count to lie in [0, ", found[0], "], the rows not yet picked, got ", count, ".");
+}
+
 // Passes until all picks are made; the device is asked after every kPassesAtATime.
 void pick(const Call& call, const Rows& rows, const Tensor& codes, int64_t count, double* state, int64_t* indices, double* squared_distances,
           const char* op) {
@@ -279,9 +292,9 @@ std::tuple<Tensor, Tensor> greedy_coreset_cuda(const Tensor& features, Tensor mi
   const Feature input = features_on(kDevice, features, op, "features");
   const Rows& rows = input.rows;
   check_vector_on(kDevice, min_distances, ScalarType::Double, rows.count, op, "min_distances", "float64");
-  if (count < 0 || count > rows.count) fail(op, ": expected count to lie in [0, ", rows.count, "], the rows of features, got ", count, ".");
   const Call call(op, features);
   call.same_device(min_distances, "min_distances");
+  check_state(call, min_distances, count, op);
   Tensor indices = call.empty({count}, ScalarType::Long), squared_distances = call.empty({count}, ScalarType::Double);
   if (count == 0) return {indices, squared_distances};
   double* state = writable<double>(min_distances);

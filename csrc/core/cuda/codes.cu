@@ -241,7 +241,12 @@ __global__ void __launch_bounds__(kBlockThreads) mean_of_sample_kernel(const Row
   if (j >= rows.dim) return;
   const int64_t step = sample_step(rows.count), count = sample_size(rows.count);
   double sum = 0;
-  for (int64_t i = 0; i < count; ++i) with_row(rows, i * step, [&](const auto* x) { sum = add(sum, static_cast<double>(widen(x[j]))); });
+  for (int64_t i = 0; i < count; ++i) {
+    with_row(rows, i * step, [&](const auto* x) {
+      const double value = static_cast<double>(widen(x[j]));
+      if (subtract(value, value) == 0) sum = add(sum, value);  // others are reported elsewhere, and must not spoil every bound until then
+    });
+  }
   center[j] = sum / static_cast<double>(count);
 }
 
@@ -274,14 +279,17 @@ __global__ void __launch_bounds__(kBlockThreads)
   if (lane_of_thread() == 0) sample[i] = value;
 }
 
-// The value of rank floor((count - 1) share) among sample[0 .. count), by counting; one block. NaN where there are NaNs in the way.
+// The value of rank floor((count - 1) share) among sample[0 .. count), by counting; one block. Magnitudes are ordered like their bits (a NaN comes
+// last), which are compared in their place: float64 is slow on most cards.
 __device__ double percentile(const double* sample, int64_t count, double share, double* shared) {
   const int64_t rank = static_cast<int64_t>(static_cast<double>(count - 1) * share);
-  if (threadIdx.x == 0) shared[0] = not_a_number();
-  __syncthreads();
   for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
-    int64_t before = 0;
-    for (int64_t j = 0; j < count; ++j) before += sample[j] < sample[i] || (sample[j] == sample[i] && j < i);
+    const long long own = __double_as_longlong(sample[i]);
+    int before = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      const long long other = __double_as_longlong(sample[j]);
+      before += other < own || (other == own && j < i) ? 1 : 0;
+    }
     if (before == rank) shared[0] = sample[i];  // one row has this rank
   }
   __syncthreads();
@@ -290,7 +298,8 @@ __device__ double percentile(const double* sample, int64_t count, double share, 
   return value;
 }
 
-__global__ void __launch_bounds__(1024) choose_scale_kernel(const double* sample, int64_t count, int64_t dim, Sampled what, Scales* scales) {
+__global__ void __launch_bounds__(1024)
+    choose_scale_kernel(const double* sample, int64_t count, int64_t dim, Sampled what, bool with_steps, Scales* scales) {
   PATCHCORE_DYNAMIC_SHARED(memory);
   double* shared = reinterpret_cast<double*>(memory);
   if (what == Sampled::kSeedResidual || what == Sampled::kPrefixResidual) {
@@ -301,7 +310,7 @@ __global__ void __launch_bounds__(1024) choose_scale_kernel(const double* sample
     return;
   }
   const double magnitude = percentile(sample, count, kCodePercentile, shared);
-  const double most = what == Sampled::kMagnitude ? percentile(sample, count, kStepPercentile, shared) : 0;
+  const double most = what == Sampled::kMagnitude && with_steps ? percentile(sample, count, kStepPercentile, shared) : 0;
   if (threadIdx.x != 0) return;
   const double scale = int8_scale(magnitude);
   if (what == Sampled::kMagnitude) {
@@ -378,7 +387,8 @@ cudaError_t choose_scales(const Rows& rows, const Encoding& encoding, const Step
     const dim3 grid(static_cast<unsigned>(blocks_of(count, kWarpsOfBlock)));
     PATCHCORE_LAUNCH((sample_kernel), grid, dim3(kBlockThreads), 0, stream, rows, encoding.center, steps, encoding.scales, what, sample);
     PATCHCORE_CUDA_TRY(cudaGetLastError());
-    PATCHCORE_LAUNCH((choose_scale_kernel), dim3(1), dim3(1024), sizeof(double), stream, sample, count, rows.dim, what, scales);
+    PATCHCORE_LAUNCH((choose_scale_kernel), dim3(1), dim3(1024), sizeof(double), stream, sample, count, rows.dim, what, encoding.matrix != nullptr,
+                     scales);
     return cudaGetLastError();
   };
   PATCHCORE_CUDA_TRY(choose(Sampled::kMagnitude));

@@ -105,7 +105,9 @@ __device__ __forceinline__ bool is_last_block(uint32_t* blocks_counted, int32_t*
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
+    __threadfence();  // what the block's other threads wrote before the barrier, before the count
     const bool last = atomicAdd(blocks_counted, 1u) == gridDim.x - 1;
+    __threadfence();                // and what the other blocks wrote, before what follows
     if (last) *blocks_counted = 0;  // for the next launch
     *shared_flag = last;
   }
@@ -282,7 +284,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 __global__ void __launch_bounds__(kChainThreads)
     chain_kernel(const CoresetMemory memory, double* values, int64_t* indices, double* squared_distances, Progress* progress) {
   PATCHCORE_DYNAMIC_SHARED(shared);
-  if (progress->done != 0) return;
+  if (progress->done != 0) {  // the update of this pass has nothing to do
+    if (threadIdx.x == 0) memory.run->num_picks = 0;
+    return;
+  }
   Run* run = memory.run;
   const int thread = static_cast<int>(threadIdx.x);
   const int num_candidates = run->num_candidates, num_edges = run->num_edges;
@@ -382,9 +387,19 @@ __global__ void __launch_bounds__(1024) pick_kernel(double* values, int64_t coun
     }
   }
   if (thread != 0) return;
+  if (best_row[0] == kNoRow) return;  // all are picked; the callers see to it that there is one
   *index = *picked = best_row[0];
   *squared_distance = best[0];
   values[best_row[0]] = kPicked;
+}
+
+__global__ void __launch_bounds__(kSelectThreads) check_state_kernel(double* values, int64_t count, unsigned long long* report) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kSelectThreads + threadIdx.x;
+  const double value = row < count ? values[row] : kPicked;
+  if (row < count && !(value >= 0 || value == kPicked)) atomicMin(&report[1], static_cast<unsigned long long>(row));
+  if (value == 0) values[row] = 0.0;
+  const int open = warp_sum(value != kPicked ? 1 : 0);
+  if (lane_of_thread() == 0 && open > 0) atomicAdd(&report[0], static_cast<unsigned long long>(open));
 }
 
 __global__ void list_picks_kernel(const int64_t* picks, int count, int32_t* listed, Run* run) {
@@ -585,6 +600,15 @@ cudaError_t coreset_codes_cuda(const Rows& rows, const double* center, void* wor
   if (center == nullptr) PATCHCORE_CUDA_TRY(mean_of_sample(rows, mean, stream));
   PATCHCORE_CUDA_TRY(choose_scales(rows, encoding, {}, {}, sample, at.scales, flags, stream));
   return encode_rows(rows, nullptr, rows.count, encoding, {}, at.rows, {}, {}, flags, stream);
+}
+
+cudaError_t check_state_cuda(double* min_squared_distances, int64_t count, int64_t* report, cudaStream_t stream) {
+  PATCHCORE_CUDA_TRY(cudaMemsetAsync(report, 0, sizeof(int64_t), stream));
+  PATCHCORE_CUDA_TRY(cudaMemsetAsync(report + 1, 0xff, sizeof(int64_t), stream));  // -1, the largest of unsigned numbers
+  if (count == 0) return cudaSuccess;
+  PATCHCORE_LAUNCH((check_state_kernel), dim3(static_cast<unsigned>(blocks_of(count, kSelectThreads))), dim3(kSelectThreads), 0, stream,
+                   min_squared_distances, count, reinterpret_cast<unsigned long long*>(report));
+  return cudaGetLastError();
 }
 
 int64_t coreset_workspace_bytes(const Rows& rows) {

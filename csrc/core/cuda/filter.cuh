@@ -168,14 +168,19 @@ __device__ __forceinline__ TileRange share_of_block(int64_t count_b, int tiles_p
   return {first, left < 0 ? 0 : left < tiles_per_split ? left : tiles_per_split, 1};
 }
 
-__device__ __forceinline__ float largest_residual(const float* tile_residuals, const TileRange& range) {
-  float most = 0;
-  for (int t = 0; t < range.count; ++t) {
-    const float residual = tile_residuals[range.first + t * range.step];
-    most = residual <= most ? most : residual;  // NaN stays NaN
-    if (!(most == most)) return most;
+// The largest residual of the range's tiles, to all threads; NaN if there is one. By a barrier, with one word of shared memory.
+inline __device__ __noinline__ float largest_residual(const float* tile_residuals, const TileRange& range, float* shared) {
+  unsigned int* most = reinterpret_cast<unsigned int*>(shared);
+  if (threadIdx.x == 0) *most = 0;
+  __syncthreads();
+  unsigned int own = 0;  // floats that are not negative are ordered like their bits
+  for (int t = static_cast<int>(threadIdx.x); t < range.count; t += kThreads) {
+    const unsigned int bits = __float_as_uint(tile_residuals[range.first + t * range.step]);
+    own = bits > own ? bits : own;
   }
-  return most;
+  if (own != 0) atomicMax(most, own);
+  __syncthreads();
+  return *shared;
 }
 
 // Sets up the keys and floors of the block's rows. The caller puts a barrier behind it (the scan's first one will do).
@@ -193,7 +198,6 @@ __device__ __forceinline__ void start_rows(const FilterArguments& p, int64_t cou
   for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kGroupWords; i += kThreads) state.survivors[i] = 0;
   if (threadIdx.x != 0) return;
   *state.any = 0;
-  *state.tile_residual = tile_residual;
 }
 
 // Sets the survivors' bits of one tile; word: where the tile's words begin in a row's.
@@ -236,7 +240,7 @@ __device__ __forceinline__ void filter_block(const FilterArguments& p, const Pol
   const TileRange range = share_of_block(count_b, p.tiles_per_split);
   if (first_row >= count_a || range.count == 0) return;  // the whole block
   const RowState state = row_state_at(shared + S::kSharedBytes);
-  start_rows(p, count_a, policy, state, first_row, largest_residual(p.b.first.tile_residuals, range));
+  start_rows(p, count_a, policy, state, first_row, largest_residual(p.b.first.tile_residuals, range, state.tile_residual));
   const ScanOperands operands = {p.a.first.codes, p.b.first.codes, p.b.first.starts, p.a.first.depth};
   const int last = range.first + range.count - 1;
   scan_tiles<S>(operands, shared, range, [&](const typename S::Sums& sums, int tile) {

@@ -1,6 +1,6 @@
 // The CUDA kernels, as functions on the caller's stream: the contracts of projection.h, coreset.h, knn.h and image_score.h, with the same bits.
 //
-// All pointers are device memory, workspaces and opaque blocks aligned to 256 bytes. Nothing is allocated, nothing waits; errors of a launch are
+// All pointers are device memory, workspaces and opaque blocks aligned to 16 bytes. Nothing is allocated, nothing waits; errors of a launch are
 // returned. What only the device knows when the function returns is told by `flags`, one int32 in device memory that the caller zeroes beforehand:
 // kNonFinite where a value is not finite (outputs are then unspecified, but where said otherwise), kNoContraction where a matrix is not what it must
 // be, kOutside where an index is none of the bank's.
@@ -45,6 +45,10 @@ cudaError_t coreset_codes_cuda(const Rows& rows, const double* center, void* wor
 int64_t coreset_workspace_bytes(const Rows& rows);
 cudaError_t add_picks_cuda(const Rows& rows, const void* codes, const int64_t* picks, int64_t count, void* workspace, double* min_squared_distances,
                            cudaStream_t stream);
+
+// Looks at a run's state: report[0] = rows that are not picked, report[1] = the first row whose value is neither a squared distance nor kPicked, or
+// -1. Turns -0 into 0, which is ordered like its bits. report: two int64 in device memory.
+cudaError_t check_state_cuda(double* min_squared_distances, int64_t count, int64_t* report, cudaStream_t stream);
 
 // Greedy picks in passes that nobody waits for: start, then passes as often as it takes, then read `progress` (two int64 in device memory): the picks
 // made so far, and 1 when all `count` are. indices, squared_distances: [count]. Passes after the last pick do nothing.

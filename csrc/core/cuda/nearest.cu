@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   PATCHCORE_DYNAMIC_SHARED(shared);
   const RowState state = row_state_at(shared + S::kSharedBytes);
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTileRows;
-  start_rows(p, p.count_a, policy, state, first_row, largest_residual(p.b.first.tile_residuals, range));
+  start_rows(p, p.count_a, policy, state, first_row, largest_residual(p.b.first.tile_residuals, range, state.tile_residual));
   unsigned long long found = 0;
   const ScanOperands operands = {p.a.first.codes, p.b.first.codes, p.b.first.starts, p.a.first.depth};
   scan_tiles<S>(operands, shared, range, [&](const typename S::Sums& sums, int) {
@@ -265,12 +265,16 @@ struct Split {
   int tiles_per_split;
 };
 
-// Shares of the bank such that all blocks together fill the device twice.
+// Shares of the bank: enough that all blocks together fill the device's places, two a multiprocessor, and no more than make the last of their waves
+// full.
 Split split_bank(int64_t count_a, int64_t places, int64_t most) {
   const int64_t blocks = blocks_of(count_a, kTileRows), tiles = blocks_of(places, kTileColumns);
-  int64_t wanted = blocks_of(2 * multiprocessors(), blocks);
-  wanted = wanted < most ? wanted : most;
-  wanted = wanted < tiles ? wanted : tiles;
+  const int64_t slots = 2 * multiprocessors();
+  most = most < tiles ? most : tiles;
+  int64_t wanted = blocks_of(slots, blocks) < most ? blocks_of(slots, blocks) : most;
+  for (int64_t splits = wanted + 1; splits <= most && splits <= 8; ++splits) {
+    if (blocks_of(blocks * splits, slots) * wanted < blocks_of(blocks * wanted, slots) * splits) wanted = splits;  // waves a share
+  }
   const int64_t each = blocks_of(tiles, wanted);
   return {blocks_of(tiles, each), static_cast<int>(each)};
 }
@@ -360,9 +364,10 @@ cudaError_t search_chunk(const Rows& queries, const int32_t* map, int64_t count,
 SearchMemory search_memory(int64_t num_queries, const Rows& bank, bool with_prefixes, int64_t k, Pieces* pieces) {
   SearchMemory memory = {};
   const int64_t fitting = kMostListBytes / (12 * 2 * k) / kTileRows * kTileRows;  // queries whose lists fit, the seeds' and one share's
-  int64_t chunk = num_queries < kMostQueries ? num_queries : kMostQueries;
-  chunk = chunk < fitting ? chunk : fitting;
-  memory.chunk = padded_rows(chunk);
+  int64_t limit = kMostQueries < fitting ? kMostQueries : fitting;
+  limit = limit < kTileRows ? kTileRows : limit;
+  const int64_t parts = num_queries > 0 ? blocks_of(num_queries, limit) : 1;
+  memory.chunk = padded_rows(blocks_of(num_queries, parts));  // parts of like size: a small last one would leave most of the device idle
   const int64_t most = kMostListBytes / (12 * k * memory.chunk) - 1;
   memory.splits = split_bank(memory.chunk, bank.count, most < 1 ? 1 : most < kMostSplits ? most : kMostSplits).splits;
   memory.full = code_rows_at(memory.chunk, full_depth(bank.dim), pieces);

@@ -134,6 +134,7 @@ __device__ __forceinline__ void scan_tiles(const ScanOperands& p, char* shared, 
         }
       }
     }
+#pragma unroll 1  // unrolled, it needs more registers than there are
     for (int chunk = 0;;) {
       const char* chunk_a = shared_a + (S::kDepth == 0 ? stage : chunk) * kTileRows * kChunk;
       const char* chunk_b = shared_b + stage * kTileColumns * kChunk;

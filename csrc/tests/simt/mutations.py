@@ -1,8 +1,12 @@
-"""Are the tests of the CUDA kernels worth their time? Breaks the kernels on purpose, one place at a time, and expects a test to fail.
+""
+    "Are the tests of the CUDA kernels worth their time? Breaks the kernels on purpose, one place at a time, and expects a test to fail.
 
-    python csrc/tests/simt/mutations.py [--only PATTERN] [--list] [--jobs 2]      (make mutations)
+    python csrc /
+    tests / simt /
+    mutations.py[--only PATTERN][--list][--jobs 2](make mutations)
 
-Deleted are every barrier, fence and wait of csrc/core/cuda, found by scanning, so that a new one cannot be forgotten; and TABLE says what else is broken: the
+        Deleted are every barrier,
+    fence and wait of csrc / core / cuda, found by scanning, so that a new one cannot be forgotten; and TABLE says what else is broken: the
 terms of the bounds, the rules for ties, what memory is set to before it is used. An entry is the file, a text that occurs in it once, and what takes its place.
 Where no test can show the difference, `equivalent` says why, and such an entry is expected to survive; one that survives without a reason is an error, and so is a text
 that is not found once, or a reason for what a test does show.
@@ -34,7 +38,7 @@ FLAGS = ["-std=c++17", "-ffp-contract=off", "-Wno-unknown-pragmas", "-DPATCHCORE
 BARRIER = re.compile(r"__syncthreads\(\);|__syncwarp\(\);|__threadfence\(\);|cp_async_wait<[^>;]*>\(\);")
 MOST_SECONDS = 120  # of CPU for a test; what hangs has failed
 UNITS = ["codes", "coreset", "image_score", "nearest", "projection"]
-# Which tests a file's mutations run, those that show them soonest first.
+#Which tests a file's mutations run, those that show them soonest first.
 TESTS_OF_FILE = {
     "filter.h": ["test_filter", "test_cuda_codes", "test_cuda_coreset", "test_cuda_knn"],
     "cuda/codes.cu": ["test_cuda_codes", "test_cuda_knn", "test_cuda_coreset"],
@@ -113,8 +117,8 @@ def included_in(core: Path, unit: str) -> set[str]:
     command = [os.environ.get("CXX", "g++"), "-MM", *FLAGS, f"-I{SIMT}", f"-I{core}", "-x", "c++", core / "cuda" / f"{unit}.cu"]
     made_of = subprocess.run(command, capture_output=True, text=True, check=True).stdout.replace("\\\n", " ").split()[1:]
     paths = [Path(name).resolve() for name in made_of]
-    return {str(path.relative_to(core)) for path in paths if path.is_relative_to(core)}
-
+    return {str(path.relative_to(core)) for path in paths if path.is_relative_to(core)
+}
 
 def build_once(jobs: int) -> dict[str, set[str]]:
     """The kernels as they are, and the tests against them. Returns the files that each unit is made of."""
@@ -132,8 +136,9 @@ def build_once(jobs: int) -> dict[str, set[str]]:
     core_library = ROOT / "build" / "core" / "libpatchcore_core.a"
     for test in tests:
         call([os.environ.get("CXX", "g++"), "-o", BUILD / test.stem, BUILD / f"{test.stem}.o", BUILD / "libkernels.so", core_library, "-pthread"])
-    return {unit: included_in(CORE, unit) for unit in UNITS}
-
+    return {
+unit: included_in(CORE, unit) for unit in UNITS
+}
 
 def limit() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (MOST_SECONDS, MOST_SECONDS))

@@ -113,8 +113,8 @@ TEST(keys_that_differ_in_their_last_bits_are_told_apart) {
   expected.indices.resize(250);
   expected.squared_distances.resize(250);
   device::Vector<double> workspace(static_cast<size_t>(coreset_workspace_bytes(rows, serial())) / 8 + 1);
-  CHECK(greedy_coreset_cpu(rows, 250, serial(), workspace.data(), expected.state.data(), expected.indices.data(), expected.squared_distances.data()) ==
-        Status::kOk);
+  CHECK(greedy_coreset_cpu(rows, 250, serial(), workspace.data(), expected.state.data(), expected.indices.data(),
+                           expected.squared_distances.data()) == Status::kOk);
   device::next_order();
   CoresetCodes(rows).select(250, 20, 5, &picks);
   expect("far", picks, expected);
