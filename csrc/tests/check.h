@@ -24,6 +24,23 @@ inline int& failures() {
   return count;
 }
 
+// The test that runs, and whether its first failed check ends the program.
+inline const char*& running() {
+  static const char* name = "";
+  return name;
+}
+inline bool& stops() {
+  static bool value = false;
+  return value;
+}
+
+inline void fail() {
+  ++failures();
+  if (!stops()) return;
+  std::cout << "FAIL " << running() << std::endl;
+  std::exit(1);
+}
+
 struct Register {
   Register(const char* name, void (*run)()) { cases().push_back({name, run}); }
 };
@@ -32,28 +49,27 @@ template <class A, class B>
 bool equal(const A& a, const B& b, const char* text_a, const char* text_b, const char* file, int line) {
   if (a == b) return true;
   std::cerr << file << ":" << line << ": " << text_a << " == " << text_b << " failed: " << a << " against " << b << "\n";
-  ++failures();
+  fail();
   return false;
 }
 
-// argument: only tests whose name contains it. --first as another one: stops at the first failure.
+// Runs the tests whose name contains the argument; with --first only up to the first failed check.
 inline int run_all(int num_arguments, char** arguments) {
   size_t run = 0;
-  bool stops = false;
   const char* part = "";
   for (int i = 1; i < num_arguments; ++i) {
     if (std::strcmp(arguments[i], "--first") == 0)
-      stops = true;
+      stops() = true;
     else
       part = arguments[i];
   }
   for (const Case& test : cases()) {
     if (std::strstr(test.name, part) == nullptr) continue;
     const int before = failures();
+    running() = test.name;
     test.run();
     ++run;
     std::cout << (failures() == before ? "ok   " : "FAIL ") << test.name << std::endl;
-    if (stops && failures() != 0) break;
   }
   std::cout << run << " tests, " << failures() << " failed checks\n";
   return failures() == 0 && run != 0 ? 0 : 1;
@@ -70,7 +86,7 @@ inline int run_all(int num_arguments, char** arguments) {
   do {                                                                               \
     if (!(condition)) {                                                              \
       std::cerr << __FILE__ << ":" << __LINE__ << ": " << #condition << " failed\n"; \
-      ++check::failures();                                                           \
+      check::fail();                                                                 \
     }                                                                                \
   } while (false)
 

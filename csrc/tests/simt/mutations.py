@@ -4,8 +4,8 @@
 
 Deleted are every barrier, fence and wait of csrc/core/cuda, found by scanning, so that a new one cannot be forgotten; and TABLE says what else is broken: the
 terms of the bounds, the rules for ties, what memory is set to before it is used. An entry is the file, a text that occurs in it once, and what takes its place.
-Where no test can show the difference, `equivalent` says why, and such an entry is expected to survive; one that survives without a reason is an error, and so is a text
-that is not found once, or a reason for what a test does show.
+Where no test can show the difference the entry says why, and it is expected to survive; one that survives without a reason is an error, and so is a text that is
+not found once, or a reason for what a test does show.
 
 The kernels are a shared library here, whose inline functions are its own: the tests, and the CPU kernels that they compare with, keep the headers as they are.
 """
@@ -37,8 +37,8 @@ UNITS = ["codes", "coreset", "image_score", "nearest", "projection"]
 # Which tests a file's mutations run, those that show them soonest first.
 TESTS_OF_FILE = {
     "filter.h": ["test_filter", "test_cuda_codes", "test_cuda_coreset", "test_cuda_knn"],
-    "cuda/codes.cu": ["test_cuda_codes", "test_cuda_knn", "test_cuda_coreset"],
-    "cuda/codes.cuh": ["test_cuda_codes", "test_cuda_knn", "test_cuda_coreset"],
+    "cuda/codes.cu": ["test_cuda_codes", "test_cuda_knn"],
+    "cuda/codes.cuh": ["test_cuda_codes", "test_cuda_knn"],
     "cuda/coreset.cu": ["test_cuda_coreset"],
     "cuda/chain.cuh": ["test_cuda_coreset"],
     "cuda/nearest.cu": ["test_cuda_knn"],
@@ -59,6 +59,7 @@ class Mutation:
     equivalent: str | None
 
     def text(self) -> str:
+        """Where it is and what it does, in a line."""
         source = (CORE / self.file).read_text()
         line = source.count("\n", 0, self.begin) + 1
         old = source[self.begin : self.begin + self.length]
@@ -66,10 +67,12 @@ class Mutation:
 
 
 def fail(message: str) -> None:
+    """Stops with a message."""
     sys.exit(f"mutations.py: {message}")
 
 
 def place_of(file: str, text: str) -> int:
+    """Where a text begins that occurs once."""
     source = (CORE / file).read_text()
     if source.count(text) != 1:
         fail(f"expected {text!r} once in {file}, found it {source.count(text)} times: the table has to follow the sources.")
@@ -77,6 +80,7 @@ def place_of(file: str, text: str) -> int:
 
 
 def all_mutations() -> list[Mutation]:
+    """All barriers, then the table."""
     reasons = {(file, place_of(file, text)): reason for file, text, reason in BARRIERS_THAT_DO_NOT_SHOW}
     mutations = []
     for path in sorted((CORE / "cuda").iterdir()):
@@ -94,18 +98,21 @@ def all_mutations() -> list[Mutation]:
 
 
 def call(command: list[str | Path]) -> None:
+    """Runs a compiler, quietly unless it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[-2000:]}")
 
 
 def compile_unit(source: Path, to: Path, core: Path, level: str) -> None:
+    """One object file, with the headers of `core`."""
     includes = [f"-I{SIMT}", f"-I{core}", f"-I{SIMT.parent}"]
     call([os.environ.get("CXX", "g++"), level, *FLAGS, *includes, "-x", "c++", "-c", source, "-o", to])
 
 
 def link_kernels(units: list[Path], to: Path) -> None:
-    call([os.environ.get("CXX", "g++"), "-shared", "-o", to, BUILD / "simt.o", *units])
+    """The kernels and their runner as a shared library."""
+    call([os.environ.get("CXX", "g++"), "-shared", "-Wl,-soname,libkernels.so", "-o", to, BUILD / "simt.o", *units])
 
 
 def included_in(core: Path, unit: str) -> set[str]:
@@ -136,6 +143,7 @@ def build_once(jobs: int) -> dict[str, set[str]]:
 
 
 def limit() -> None:
+    """In the process of a test, before it starts."""
     resource.setrlimit(resource.RLIMIT_CPU, (MOST_SECONDS, MOST_SECONDS))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
@@ -181,6 +189,7 @@ def try_mutation(mutation: Mutation, folder: Path, made_of: dict[str, set[str]])
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="only mutations whose line of --list contains this regular expression")
     parser.add_argument("--list", action="store_true", help="name the mutations and stop")

@@ -1,6 +1,8 @@
 """What mutations.py breaks beside barriers: (file, text that occurs in it once, what takes its place[, why no test can show it])."""
 
 ORDER = "memory order: a runner of one thread at a time cannot show it; on a device the last block could read stale values"
+BLOCKS = "blocks run one after the other here: on a device the last one could count before the others have written"
+EMPTY = "only groups without copies are left: the last ones that have any were waited for in the loop"
 COSTS = "only lets more pairs survive, or the same ones be looked at again: costs time, and no result depends on it"
 SMALL = "some 2^-50 of a bound: far below what any pair of rows in a test decides by; filter.h has the proof"
 
@@ -18,8 +20,11 @@ BOUNDS = [
     (FILTER, "multiply(rounded_root(squared_distance), add(1.0, slack))", "rounded_root(squared_distance + 0.0 * slack)"),
     (FILTER, "multiply(scale, add(distance, error)), residual), 6)", "multiply(scale, add(distance, error)), 0.0 * residual), 6)"),
     (FILTER, "inflate(add(multiply(scale, add(distance, error)), residual), 6)", "add(multiply(scale, add(distance, error)), residual)"),
-    (FILTER, "add(reach, residual_y);\n  const double bound = inflate(multiply(radius, radius), 3);\n  return bound",
-     "add(reach, 0.0 * residual_y);\n  const double bound = inflate(multiply(radius, radius), 3);\n  return bound"),
+    (
+        FILTER,
+        "add(reach, residual_y);\n  const double bound = inflate(multiply(radius, radius), 3);\n  return bound",
+        "add(reach, 0.0 * residual_y);\n  const double bound = inflate(multiply(radius, radius), 3);\n  return bound",
+    ),
     (FILTER, "static_cast<int32_t>(bound) + 1 : kNeverSkip", "static_cast<int32_t>(bound) : kNeverSkip"),
     (FILTER, "static_cast<int32_t>(bound) + 1 : kNeverSkip", "static_cast<int32_t>(bound) + 1 : kAlwaysSkip"),
     (FILTER, "- 2 * dot < limit", "- 2 * dot < limit - 1"),
@@ -35,14 +40,22 @@ CODES, VIEWS = "cuda/codes.cu", "cuda/codes.cuh"
 ENCODING = [
     (VIEWS, "padding ? kInt8PaddingStart : int8_start(norm)", "int8_start(norm)"),
     (VIEWS, "atomicMax(reinterpret_cast<unsigned int*>(out.tile_residuals) + row / 128, __float_as_uint(residual) & 0x7fffffffu);", ""),
-    (VIEWS, "__float_as_uint(residual) & 0x7fffffffu", "__float_as_uint(residual)",
-     "a NaN with its sign set is above every other residual as well, and is read as NaN"),
+    (
+        VIEWS,
+        "__float_as_uint(residual) & 0x7fffffffu",
+        "__float_as_uint(residual)",
+        "a NaN with its sign set is above every other residual as well, and is read as NaN",
+    ),
     (CODES, "sums.finite && subtract(value, value) == 0", "sums.finite"),
     (CODES, "  if (!finite) atomicOr(flags, kNonFinite);\n  float residual", "  float residual"),
     (CODES, "  if (!finite) residual = __uint_as_float(0x7fc00000u);", "  //"),
     (CODES, "Word().store(codes + j);", ";"),
-    (CODES, "for (int64_t j = 4 * lane_of_thread(); planes != nullptr && j < 2 * depth; j += 4 * kWarp) Word().store(planes + j);", "",
-     "the products of padding rows are not read"),
+    (
+        CODES,
+        "for (int64_t j = 4 * lane_of_thread(); planes != nullptr && j < 2 * depth; j += 4 * kWarp) Word().store(planes + j);",
+        "",
+        "the products of padding rows are not read",
+    ),
     (CODES, "row < count ? residual_bound(error_squares, norm, dim) : 0.0f", "0.0f"),
     (CODES, "steps.errors[row] = residual_bound(step_error_squares, step_norm, dim);", "steps.errors[row] = 0;"),
     (CODES, "most < kLargestPlaneValue ? most : kLargestPlaneValue", "kLargestPlaneValue"),
@@ -57,21 +70,33 @@ ENCODING = [
     (CODES, "add(step_error, residual_coordinate_error(residual, z_norm, 0, dim))", "step_error"),
     (CODES, "residual_coordinate_error(residual, z_norm, 0, dim)), shifted)", "residual_coordinate_error(residual, z_norm, 0, dim)), 0.0 * shifted)", SMALL),
     (CODES, "(sample[j] == sample[i] && j < i)", "(sample[j] == sample[i] && j <= i)"),
-    (CODES, "  if (threadIdx.x == 0) shared[0] = not_a_number();\n", "",
-     "one row has the rank, as rows that are not finite are refused before their scale matters: the value is always written"),
+    (
+        CODES,
+        "  if (threadIdx.x == 0) shared[0] = not_a_number();\n",
+        "",
+        "one row has the rank, as rows that are not finite are refused before their scale matters: the value is always written",
+    ),
     (CODES, "inflate(multiply(scale, scales->step_scale), 1)", "scale"),
     (CODES, "inflate(multiply(scale, scales->step_scale), 1)", "multiply(scale, scales->step_scale)", SMALL),
     (CODES, "    if (value > kLargestPlaneValue || value < -kLargestPlaneValue) atomicOr(flags, kNoContraction);\n", ""),
     (CODES, "total > 1ll << (2 * kContractionBits) &&", "total < 0 &&"),
     (CODES, "PATCHCORE_CUDA_TRY(cudaMemsetAsync(full.tile_residuals, 0, static_cast<size_t>(padded / 128) * sizeof(float), stream));", ""),
-    (CODES, "PATCHCORE_CUDA_TRY(cudaMemsetAsync(seed.tile_residuals, 0, static_cast<size_t>(padded / 128) * sizeof(float), stream));", "",
-     "seeds need no bounds: nobody reads these"),
+    (
+        CODES,
+        "PATCHCORE_CUDA_TRY(cudaMemsetAsync(seed.tile_residuals, 0, static_cast<size_t>(padded / 128) * sizeof(float), stream));",
+        "",
+        "seeds need no bounds: nobody reads these",
+    ),
     (CODES, "PATCHCORE_CUDA_TRY(cudaMemsetAsync(prefix.tile_residuals, 0, static_cast<size_t>(padded / 128) * sizeof(float), stream));", ""),
 ]
 
 COMMON, SCAN, LOOK = "cuda/common.cuh", "cuda/tile_scan.cuh", "cuda/filter.cuh"
 FILTERING = [
-    (COMMON, "distance_a < distance_b || (distance_a == distance_b && row_a < row_b)", "distance_a < distance_b || (distance_a == distance_b && row_a > row_b)"),
+    (
+        COMMON,
+        "distance_a < distance_b || (distance_a == distance_b && row_a < row_b)",
+        "distance_a < distance_b || (distance_a == distance_b && row_a > row_b)",
+    ),
     (COMMON, "distance_a < distance_b || (distance_a == distance_b && row_a < row_b)", "distance_a < distance_b"),
     (COMMON, "value_a > value_b || (value_a == value_b && row_a < row_b)", "value_a > value_b || (value_a == value_b && row_a > row_b)"),
     (COMMON, "value_a > value_b || (value_a == value_b && row_a < row_b)", "value_a > value_b"),
@@ -87,8 +112,12 @@ FILTERING = [
     (LOOK, "if (second && key != before) reach =", "if (false && key != before) reach =", COSTS),
     (LOOK, "int8_skip_limit(reach, p.b.full.residuals[place])", "int8_skip_limit(reach, 0.0)"),
     (LOOK, "      state.floors[r] =\n", "      if (false) state.floors[r] =\n", COSTS),
-    (LOOK, "most = residual <= most ? most : residual;", "most = residual > most ? residual : most;",
-     "only rows that are not finite have a NaN, and in a bank or a coreset they leave the results unspecified"),
+    (
+        LOOK,
+        "most = residual <= most ? most : residual;",
+        "most = residual > most ? residual : most;",
+        "only rows that are not finite have a NaN, and in a bank or a coreset they leave the results unspecified",
+    ),
     (LOOK, "most = residual <= most ? most : residual;", "most = residual;"),
     (LOOK, ": INT32_MAX;\n", ": INT32_MIN;\n"),
     (LOOK, "row < count_a ? policy.key(row) : -1.0;", "policy.key(row);", "the floor of a row behind the last is set without its key"),
@@ -106,8 +135,12 @@ PICKS = [
     (CHAIN, "key_a > key_b || (key_a == key_b && row_a < row_b)", "key_a > key_b || (key_a == key_b && row_a > row_b)"),
     (CHAIN, "key_a > key_b || (key_a == key_b && row_a < row_b)", "key_a > key_b"),
     (CHAIN, "chain.blocked[later] = 1;", ";"),
-    (CHAIN, "if (bits_of(edge.distance) < chain.keys[later])", "if (bits_of(edge.distance) <= chain.keys[later])",
-     "a candidate that cannot be lowered waits for a later round, and is picked with the same value"),
+    (
+        CHAIN,
+        "if (bits_of(edge.distance) < chain.keys[later])",
+        "if (bits_of(edge.distance) <= chain.keys[later])",
+        "a candidate that cannot be lowered waits for a later round, and is picked with the same value",
+    ),
     (CHAIN, "const int later = first ? edge.j : edge.i;", "const int later = first ? edge.i : edge.j;"),
     (CHAIN, "if (before(chain.keys[pick], chain.rows[pick], chain.keys[other], chain.rows[other])) atomicMin", "atomicMin"),
     (CHAIN, "atomicMin(&chain.keys[other], bits_of(edge.distance));", ";"),
@@ -155,8 +188,12 @@ SEARCH = [
     (NEAREST, "kStrict = false;", "kStrict = true;"),
     (NEAREST, "return place < seed_begin[query] || place >= seed_begin[query] + k;", "return true;"),
     (NEAREST, "return place < seed_begin[query] || place >= seed_begin[query] + k;", "return place < seed_begin[query] || place > seed_begin[query] + k;"),
-    (NEAREST, "nearer(distance, row, last, last_row) && nearer(distance, row, bound, bound_row)", "nearer(distance, row, last, last_row)",
-     "the merge takes the first k of all lists, so what lies behind the seeds' last one does no harm"),
+    (
+        NEAREST,
+        "nearer(distance, row, last, last_row) && nearer(distance, row, bound, bound_row)",
+        "nearer(distance, row, last, last_row)",
+        "the merge takes the first k of all lists, so what lies behind the seeds' last one does no harm",
+    ),
     (NEAREST, "policy.distances[blockIdx.y * policy.share_stride + i] = INFINITY;", ""),
     (NEAREST, "policy.rows[blockIdx.y * policy.share_stride + i] = kNoRow;", ""),
     (NEAREST, "    double* list = distances + blockIdx.y * share_stride + query * k;", "    double* list = distances + query * k;"),
@@ -179,5 +216,10 @@ TABLE = BOUNDS + ENCODING + FILTERING + PICKS + SEARCH
 # (file, text that begins with the barrier and occurs in it once, why no test can show it)
 BARRIERS_THAT_DO_NOT_SHOW: list[tuple[str, str, str]] = [
     (CORESET, "__threadfence();\n  __syncthreads();", ORDER),
+    (CORESET, "__syncthreads();\n  if (threadIdx.x == 0) {\n    const bool last", BLOCKS),
     (CORESET, "__threadfence();\n  return true;", ORDER),
+    (CODES, "cp_async_wait<0>();\n#pragma", EMPTY),
+    (SCAN, "cp_async_wait<0>();", EMPTY),
+    (CODES, "__syncthreads();\n  return value;", "only thread 0 uses the value, and it is the one that writes there again"),
+    (CHAIN, "__syncthreads();\n  return list_accepted(chain, count);", "a thread lists the places whose states it has set itself"),
 ]

@@ -161,7 +161,8 @@ TEST(residuals_cover_the_true_errors_of_all_views) {
         }
         wrong += !(true_error(f, encoded.full.codes + row * encoded.full.depth) <= encoded.full.residuals[row]);
         wrong += !(std::sqrt(step_squares) <= encoded.steps.errors[row]);
-        wrong += !(true_error(view_of(encoded, y, 0, kSeedOutputs, scales.seed), encoded.seed.codes + row * kSeedDepth) <= encoded.seed.residuals[row]);
+        wrong +=
+            !(true_error(view_of(encoded, y, 0, kSeedOutputs, scales.seed), encoded.seed.codes + row * kSeedDepth) <= encoded.seed.residuals[row]);
         wrong += !(true_error(view_of(encoded, y, kSeedOutputs, kPrefixOutputs, scales.prefix), encoded.prefix.codes + row * kPrefixDepth) <=
                    encoded.prefix.residuals[row]);
         // rounding to nearest codes is all that a bound should hold, but for clipped rows
