@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 CXX_FILES := $(shell find csrc examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PEERS = $(if $(wildcard build/peers/bin/python),--peers build/peers/bin/python)
-PYTHON_SOURCES := setup.py patchcore_ext python_tests examples benchmarks tools
+PYTHON_SOURCES := setup.py patchcore_ext python_tests examples benchmarks tools csrc/tests/simt
 
-.PHONY: help setup demo screenshots test test-core test-python test-peers test-onnx test-aarch64 bench bench-peers bench-pipelines peers gpu-test paper check format sanitize clean
+.PHONY: help setup demo screenshots test test-core test-python test-peers test-onnx test-aarch64 bench bench-peers bench-pipelines peers gpu-test paper check format sanitize mutations clean
 
 help:
 	@echo "make demo    set everything up, then find the cracks in real solar cells"
@@ -18,6 +18,7 @@ help:
 	@echo "make check   format, lint, types"
 	@echo "make format  format C++ and Python"
 	@echo "make sanitize  the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make mutations  breaks the CUDA kernels in one place at a time and expects their tests to fail; about 20 minutes"
 	@echo "make test-aarch64  the C++ tests for 64-bit Arm under qemu"
 	@echo "make gpu-test  build, tests, sanitizers and benchmarks on an NVIDIA GPU, under nine minutes"
 	@echo "make bench   benchmarks; make bench-peers first fetches anomalib and fpsample"
@@ -80,6 +81,9 @@ sanitize: $(VENV)/built
 	cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPATCHCORE_SANITIZE=ON
 	cmake --build build/sanitize
 	ctest --test-dir build/sanitize --output-on-failure
+
+mutations: $(VENV)/built
+	$(BIN)/python csrc/tests/simt/mutations.py $(if $(ONLY),--only "$(ONLY)")
 
 test-aarch64: $(VENV)/built
 	cmake -S . -B build/aarch64 -G Ninja -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64.cmake

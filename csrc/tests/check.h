@@ -24,6 +24,23 @@ inline int& failures() {
   return count;
 }
 
+// The test that runs, and whether its first failed check ends the program.
+inline const char*& running() {
+  static const char* name = "";
+  return name;
+}
+inline bool& stops() {
+  static bool value = false;
+  return value;
+}
+
+inline void fail() {
+  ++failures();
+  if (!stops()) return;
+  std::cout << "FAIL " << running() << std::endl;
+  std::exit(1);
+}
+
 struct Register {
   Register(const char* name, void (*run)()) { cases().push_back({name, run}); }
 };
@@ -32,18 +49,17 @@ template <class A, class B>
 bool equal(const A& a, const B& b, const char* text_a, const char* text_b, const char* file, int line) {
   if (a == b) return true;
   std::cerr << file << ":" << line << ": " << text_a << " == " << text_b << " failed: " << a << " against " << b << "\n";
-  ++failures();
+  fail();
   return false;
 }
 
 // Runs all tests, or those whose names hold one of the arguments. --first as one of them: stops at the first failure.
 inline int run_all(int num_arguments, char** arguments) {
   size_t run = 0;
-  bool stops = false;
   std::vector<const char*> parts;
   for (int i = 1; i < num_arguments; ++i) {
     if (std::strcmp(arguments[i], "--first") == 0)
-      stops = true;
+      stops() = true;
     else
       parts.push_back(arguments[i]);
   }
@@ -52,10 +68,10 @@ inline int run_all(int num_arguments, char** arguments) {
     for (const char* part : parts) wanted = wanted || std::strstr(test.name, part) != nullptr;
     if (!wanted) continue;
     const int before = failures();
+    running() = test.name;
     test.run();
     ++run;
     std::cout << (failures() == before ? "ok   " : "FAIL ") << test.name << std::endl;
-    if (stops && failures() != 0) break;
   }
   std::cout << run << " tests, " << failures() << " failed checks\n";
   return failures() == 0 && run != 0 ? 0 : 1;
@@ -72,7 +88,7 @@ inline int run_all(int num_arguments, char** arguments) {
   do {                                                                               \
     if (!(condition)) {                                                              \
       std::cerr << __FILE__ << ":" << __LINE__ << ": " << #condition << " failed\n"; \
-      ++check::failures();                                                           \
+      check::fail();                                                                 \
     }                                                                                \
   } while (false)
 

@@ -105,9 +105,10 @@ __device__ __forceinline__ bool is_last_block(uint32_t* blocks_counted, int32_t*
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();  // what the block's other threads wrote before the barrier, before the count
+    // Before the count: what the block's other threads wrote before the barrier. Behind it: what other blocks wrote.
+    __threadfence();
     const bool last = atomicAdd(blocks_counted, 1u) == gridDim.x - 1;
-    __threadfence();                // and what the other blocks wrote, before what follows
+    __threadfence();
     if (last) *blocks_counted = 0;  // for the next launch
     *shared_flag = last;
   }

@@ -2,9 +2,9 @@
 
     python csrc/tests/simt/mutations.py [--only PATTERN] [--list] [--jobs 2]      (make mutations)
 
-Deleted are every barrier, fence and wait of csrc/core/cuda, found by scanning, so that a new one cannot be forgotten; and TABLE says what else is broken: the
+Deleted are every barrier, fence and wait of csrc/core/cuda, found by scanning, so that none can be forgotten; and TABLE says what else is broken: the
 terms of the bounds, the rules for ties, what memory is set to before it is used. An entry is the file, a text that occurs in it once, and what takes its place.
-Where no test can show the difference the entry says why, and it is expected to survive; one that survives without a reason is an error, and so is a text that is
+Where no test can show the difference the entry says why, and it is expected to survive; one that survives without a reason is an error, so is a text that is
 not found once, or a reason for what a test does show.
 
 The kernels are a shared library here, whose inline functions are its own: the tests, and the CPU kernels that they compare with, keep the headers as they are.
