@@ -2,10 +2,10 @@
 
     python csrc/tests/simt/mutations.py [--only PATTERN] [--list] [--jobs 2]      (make mutations)
 
-Deleted are every barrier, fence and wait of csrc/core/cuda, found by scanning, so that none can be forgotten; and TABLE says what else is broken: the
-terms of the bounds, the rules for ties, what memory is set to before it is used. An entry is the file, a text that occurs in it once, and what takes its place.
-Where no test can show the difference the entry says why, and it is expected to survive; one that survives without a reason is an error, so is a text that is
-not found once, or a reason for what a test does show.
+Deleted are every barrier, fence and wait of csrc/core/cuda, found by scanning, so that a new one cannot be forgotten; and TABLE says what else is broken: the
+terms of the bounds, the rules for ties, what memory is set to before it is used. An entry is the file, a text that occurs in it once, and what takes its
+place. Where no test can show the difference the entry says why, and it is expected to survive. Errors: one that survives without a reason, a reason for
+what a test does show, a text that is not found once.
 
 The kernels are a shared library here, whose inline functions are its own: the tests, and the CPU kernels that they compare with, keep the headers as they are.
 """
@@ -18,6 +18,7 @@ import queue
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -152,6 +153,8 @@ def first_failure(test: Path, libraries: Path) -> str | None:
     """What fails first, or None."""
     environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries)}
     done = subprocess.run([test, "--first"], capture_output=True, text=True, errors="replace", env=environment, preexec_fn=limit)
+    if done.returncode in (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT):  # somebody else's doing, and no evidence
+        raise RuntimeError(f"{test.name} was ended from outside by signal {-done.returncode}")
     if done.returncode == 0:
         return None
     failed = re.findall(r"^FAIL (\w+)", done.stdout, re.MULTILINE)
@@ -209,7 +212,7 @@ def main() -> None:
         shutil.rmtree(BUILD / f"job{job}", ignore_errors=True)
         (BUILD / f"job{job}").mkdir()
         folders.put(BUILD / f"job{job}")
-    counts = {"shown": 0, "equivalent": 0, "SURVIVES": 0, "SHOWN AFTER ALL": 0, "does not compile": 0}
+    counts = {"shown": 0, "equivalent": 0, "SURVIVES": 0, "SHOWN AFTER ALL": 0, "DOES NOT RUN": 0}
 
     def one(mutation: Mutation) -> None:
         folder, start = folders.get(), time.monotonic()
@@ -219,7 +222,7 @@ def main() -> None:
             if failure is not None and mutation.equivalent:
                 result = "SHOWN AFTER ALL"
         except RuntimeError as error:
-            failure, result = str(error), "does not compile"
+            failure, result = str(error), "DOES NOT RUN"
         finally:
             folders.put(folder)
         counts[result] += 1
@@ -228,7 +231,7 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(one, mutations))
     print(f"{len(mutations)} mutations in {time.monotonic() - began:.0f} s: " + ", ".join(f"{count} {result}" for result, count in counts.items() if count))
-    if counts["SURVIVES"] or counts["SHOWN AFTER ALL"] or counts["does not compile"]:
+    if counts["SURVIVES"] or counts["SHOWN AFTER ALL"] or counts["DOES NOT RUN"]:
         sys.exit(1)
 
 

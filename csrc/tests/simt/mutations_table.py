@@ -3,6 +3,10 @@
 ORDER = "memory order: a runner of one thread at a time cannot show it; on a device the last block could read stale values"
 BLOCKS = "blocks run one after the other here: on a device the last one could count before the others have written"
 EMPTY = "only groups without copies are left: the last ones that have any were waited for in the loop"
+VOTE = "the vote before it makes the warp wait; what it adds is the order of memory, which a runner of one thread at a time cannot show"
+SHUFFLES = "the shuffles of the first distance make the warp wait; what is left is the order of memory"
+INSERT = "insert waits for the warp before it writes"
+SEED = "any place of the bank is a sound seed: a worse one costs time, and no result depends on it"
 COSTS = "only lets more pairs survive, or the same ones be looked at again: costs time, and no result depends on it"
 SMALL = "some 2^-50 of a bound: far below what any pair of rows in a test decides by; filter.h has the proof"
 
@@ -213,5 +217,26 @@ BARRIERS_THAT_DO_NOT_SHOW: list[tuple[str, str, str]] = [
     (CODES, "cp_async_wait<0>();\n#pragma", EMPTY),
     (SCAN, "cp_async_wait<0>();", EMPTY),
     (CODES, "__syncthreads();\n  return value;", "only thread 0 uses the value, and it is the one that writes there again"),
+    (CORESET, "__syncthreads();\n  };\n  reduce();", "only thread 0 goes on with what it has written itself, and is_last_block has barriers"),
+    (CORESET, "__syncthreads();  // before best is used again", "is_last_block has barriers between the two uses"),
+    (SCORE, "__syncthreads();\n  if (thread != 0) return;", "only thread 0 goes on, with what it has written itself behind the last barrier of the loop"),
+    (SCORE, "__syncwarp();  // all slots are written", VOTE),
+    (NEAREST, "__syncwarp();  // the entry that lay there has moved", VOTE),
+    (
+        NEAREST,
+        "__syncwarp();\n      return;",
+        "shuffles follow before the list is read again, except for the new bound: an old one only lets more pairs survive",
+    ),
+    (NEAREST, "__syncthreads();\n  if (threadIdx.x < kTileRows) near_codes", SEED),
+    (NEAREST, "__syncwarp();\n  const int64_t row = map", SHUFFLES),
+    (NEAREST, "__syncwarp();\n  for (int64_t row = 0;", SHUFFLES),
+    (NEAREST, "__syncwarp();  // all have read the last one\n        insert(distances, rows, k, offered, offered_row);", INSERT),
+    (NEAREST, "__syncwarp();  // all have read the last one\n      insert(list, list_rows", INSERT),
+    (NEAREST, "__syncwarp();  // all have read the last one\n        insert(distances, rows, k, offered, static_cast", INSERT),
+    (
+        NEAREST,
+        "__syncthreads();\n    for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kTileWords",
+        "a wrong count may speak for the other plan, and both are exact",
+    ),
     (CHAIN, "__syncthreads();\n  return list_accepted(chain, count);", "a thread lists the places whose states it has set itself"),
 ]

@@ -72,6 +72,23 @@ TEST(many_picks_take_few_passes) {
   expect(set.name, picks, on_cpu(rows, 500));
 }
 
+TEST(the_number_of_passes_depends_on_the_rows_alone) {
+  // Wrong counts of digits would still end in the right picks, but among more candidates than asked for, or after more passes.
+  data::Set set = std::move(data::sets(300, 2)[0]);
+  const Rows& rows = data::rows_of(set);
+  CoresetCodes codes(rows);
+  const Picks expected = on_cpu(rows, 60);
+  std::vector<int64_t> passes;
+  for (uint64_t order = 0; order < 4; ++order) {
+    device::set_order(order);
+    Picks picks = start(rows.count);
+    passes.push_back(codes.select(60, 20, 1, &picks));
+    expect(set.name, picks, expected);
+  }
+  std::cout << "     60 picks of 300 rows in " << passes[0] << " passes\n";
+  for (const int64_t count : passes) CHECK_EQ(count, passes[0]);
+}
+
 TEST(added_picks_leave_the_state_of_greedy_ones) {
   for (data::Set& set : data::sets(200, 33)) {
     const Rows& rows = data::rows_of(set);
