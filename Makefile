@@ -18,7 +18,7 @@ help:
 	@echo "make check   format, lint, types"
 	@echo "make format  format C++ and Python"
 	@echo "make sanitize  the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make mutations  breaks the CUDA kernels in one place at a time and expects their tests to fail; about 20 minutes"
+	@echo "make mutations  breaks the CUDA kernels in one place at a time and expects their tests to fail; about 50 minutes on two cores"
 	@echo "make test-aarch64  the C++ tests for 64-bit Arm under qemu"
 	@echo "make gpu-test  build, tests, sanitizers and benchmarks on an NVIDIA GPU, under nine minutes"
 	@echo "make bench   benchmarks; make bench-peers first fetches anomalib and fpsample"

@@ -6,7 +6,7 @@ mismatch is reported and nothing timed. Where float32 rounding led the original 
 share of equal rows is told. Rows of other ratios that were measured before stay in the results.
 
 ``--peers`` names the interpreter of an environment with anomalib and faiss (``make peers``); patchcore-inspection takes part where PATCHCORE_INSPECTION_SRC
-names a checkout. Images and weights: see examples/anomalib_engine.py.
+names a checkout. Images and weights: see examples/anomalib_engine.py. scikit-learn's part is in pipeline_sklearn.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from . import pipeline_sklearn
 from .bench_coreset import TUNED
 from .harness import CACHE, ROOT, machine, read_rows, run_worker, summary, write_results
 
@@ -145,6 +146,7 @@ def main() -> None:
             sizes = {"num_fit": arguments.images, "num_test": arguments.images // 4}
             rows += bench({"pipeline": pipeline, "ratio": ratio, "threads": arguments.threads, **sizes}, arguments.repeats, arguments.peers)
     if not arguments.quick:
+        rows += pipeline_sklearn.run(arguments.threads, max(5, arguments.repeats))
         rows = merged(rows, read_rows("pipelines"))
     print(table(rows))
     if not arguments.quick:
@@ -152,7 +154,8 @@ def main() -> None:
         note = (
             f"ResNet18 layer2 + layer3, {source}, {arguments.threads} threads, batches of 8. anomalib 2.7: its Engine, from files, 256 px, 1,024 patches an "
             "image; its fit also validates on the test images. "
-            "amazon: patchcore-inspection at fcaa92f, approximate sampler, from tensors, 224 px, 784 patches an image."
+            "amazon: patchcore-inspection at fcaa92f, approximate sampler, from tensors, 224 px, 784 patches an image. "
+            "scikit-learn: NearestNeighbors by brute force and a quantile of its leave-one-out scores against KNNDetector, k = 5, on features ready made."
         )
         print(write_results("pipelines", rows, note))
         write_readme(rows, note)

@@ -234,6 +234,19 @@ TEST(dropping_gamma_is_caught) {
   CHECK(skips(0));
 }
 
+TEST(reach_is_not_below_the_exact_one) {
+  Random random(3);
+  for (int n = 0; n < 20000; ++n) {
+    const double distance = std::ldexp(std::floor((1 + random.uniform()) * 0x1p20), static_cast<int>(random.below(60))) * 0x1p-50;  // a square's root
+    const double error = random.uniform() * distance * 0x1p-5, residual = random.uniform() * 9;
+    const double scale = (1 + random.uniform()) * random.magnitude(-10, 10), slack = canonical_slack(1 + random.below(2000));
+    const Exact wanted = sum(product({distance, 0}, two_sum(1, slack)), {error, 0}), exact = sum(product({scale, 0}, wanted), {residual, 0});
+    const double reach = search_reach(distance * distance, error, residual, scale, slack);
+    CHECK(!less({reach, 0}, exact));
+    CHECK(reach <= exact.hi * (1 + 0x1p-48));
+  }
+}
+
 // ---- 3. Quantisation ----
 
 TEST(residual_bounds_the_exact_residual) {

@@ -1,7 +1,7 @@
 // The greedy loop among candidates, in parallel rounds instead of pick by pick. One block.
 //
 // Given: candidates with keys k_i (their squared distance to the picks so far), the best key outside, `excluded`, and for every pair with
-// d2(i, j) < max(k_i, k_j) an edge. "Before" is the order of picks: the larger key, the lower row among equals. The sequential loop picks the first
+// d2(i, j) < min(k_i, k_j) an edge. "Before" is the order of picks: the larger key, the lower row among equals. The sequential loop picks the first
 // candidate in that order, lowers the other keys to min(key, d2), and goes on while the first one comes before `excluded`.
 //
 // A round: an open candidate i with its current key c_i is SAFE when no open j that comes before it has d2(i, j) < c_i. All safe ones are picked
@@ -17,7 +17,8 @@
 //     each pick lowers its neighbours once, in the round it is made in, and minima commute: no order of the edges matters.
 //  4. Who does not come before `excluded` never will, and lowers nobody who does: it comes after them.
 //  5. The first open candidate is always safe: every round makes progress.
-//  6. A pair with d2 >= max(k_i, k_j) changes neither, as keys only fall: no edge is missing.
+//  6. Blocking and lowering are done to the one that comes after the other: its key is then the smaller of the two, and keys only fall. So a pair
+//     with d2 >= min(k_i, k_j) changes neither: no edge is missing.
 #pragma once
 
 #include "common.cuh"

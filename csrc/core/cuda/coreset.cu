@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const CodeRows codes, 
 // ---- Edges and the chain
 // --------------------------------------------------------------------------------------------------------------------------------
 
-// filter.cuh's policy among candidates: a pair matters to the one that comes first, if the other is nearer than its key.
+// filter.cuh's policy among candidates: a pair is found from the one that comes last and has the smaller key (chain.cuh, 6).
 struct EdgePolicy {
   static constexpr bool kStrict = true;
   const double* keys;
@@ -264,7 +264,7 @@ struct EdgePolicy {
   Edge* edges;
 
   __device__ double key(int64_t i) const { return keys[i]; }
-  __device__ bool wants(int64_t i, int64_t j) const { return picked_before(keys[i], rows[i], keys[j], rows[j]); }
+  __device__ bool wants(int64_t i, int64_t j) const { return picked_before(keys[j], rows[j], keys[i], rows[i]); }
   __device__ double offer(int64_t i, double key, int32_t j, int32_t, double distance) const {
     if (distance < key && lane_of_thread() == 0) {
       const int32_t at = atomicAdd(&run->num_edges, 1);
@@ -360,7 +360,7 @@ __global__ void __launch_bounds__(kThreads)
   const double other = __shfl_xor_sync(kAllLanes, least, kLanes);
   finite = __all_sync(kAllLanes, finite) != 0;
   if (lane_of_thread() != 0) return;
-  if (values[row] >= 0) values[row] = other < least ? other : least;
+  values[row] = other < least ? other : least;  // a picked row's is below all distances
   if (!finite) atomicOr(flags, kNonFinite);
 }
 

@@ -8,6 +8,7 @@ SHUFFLES = "the shuffles of the first distance make the warp wait; what is left 
 INSERT = "insert waits for the warp before it writes"
 SEED = "any place of the bank is a sound seed: a worse one costs time, and no result depends on it"
 COSTS = "only lets more pairs survive, or the same ones be looked at again: costs time, and no result depends on it"
+WIDER = "pairs between the two keys become edges as well: they change nothing (chain.cuh, 6) and cost time"
 SMALL = "some 2^-50 of a bound: far below what any pair of rows in a test decides by; filter.h has the proof"
 
 FILTER = "filter.h"
@@ -71,20 +72,20 @@ ENCODING = [
     (CODES, "add(residual_bound(error_squares, *norm, kCount + 1), multiply(view.scale, error))", "multiply(view.scale, error)"),
     (CODES, "add(residual_bound(error_squares, *norm, kCount + 1), multiply(view.scale, error))", "residual_bound(error_squares, *norm, kCount + 1)"),
     (CODES, "add(add(step_error, residual_coordinate_error", "add(add(0.0 * step_error, residual_coordinate_error"),
-    (CODES, "add(step_error, residual_coordinate_error(residual, z_norm, 0, dim))", "step_error"),
+    (
+        CODES,
+        "add(step_error, residual_coordinate_error(residual, z_norm, 0, dim))",
+        "step_error",
+        "some 2^-26 of the norm of a row in the span of the prefix, less of others: no row of a test is; test_filter shows the term by itself",
+    ),
     (CODES, "residual_coordinate_error(residual, z_norm, 0, dim)), shifted)", "residual_coordinate_error(residual, z_norm, 0, dim)), 0.0 * shifted)", SMALL),
     (CODES, "(other == own && j < i)", "(other == own && j <= i)"),
     (CODES, "inflate(multiply(scale, scales->step_scale), 1)", "scale"),
-    (CODES, "inflate(multiply(scale, scales->step_scale), 1)", "multiply(scale, scales->step_scale)", SMALL),
+    (CODES, "inflate(multiply(scale, scales->step_scale), 1)", "multiply(scale, scales->step_scale)"),
     (CODES, "    if (value > kLargestPlaneValue || value < -kLargestPlaneValue) atomicOr(flags, kNoContraction);\n", ""),
     (CODES, "total > 1ll << (2 * kContractionBits) &&", "total < 0 &&"),
     (CODES, "PATCHCORE_CUDA_TRY(cudaMemsetAsync(full.tile_residuals, 0, static_cast<size_t>(padded / 128) * sizeof(float), stream));", ""),
-    (
-        CODES,
-        "PATCHCORE_CUDA_TRY(cudaMemsetAsync(seed.tile_residuals, 0, static_cast<size_t>(padded / 128) * sizeof(float), stream));",
-        "",
-        "seeds need no bounds: nobody reads these",
-    ),
+    (CODES, "PATCHCORE_CUDA_TRY(cudaMemsetAsync(seed.tile_residuals, 0, static_cast<size_t>(padded / 128) * sizeof(float), stream));", ""),
     (CODES, "PATCHCORE_CUDA_TRY(cudaMemsetAsync(prefix.tile_residuals, 0, static_cast<size_t>(padded / 128) * sizeof(float), stream));", ""),
 ]
 
@@ -158,15 +159,20 @@ PICKS = [
     (CORESET, "    histogram[thread * kEach + i] = 0;  // for", "    // for"),
     (CORESET, "if (last) *blocks_counted = 0;", "//"),
     (CORESET, "if (digits == 0 || above(", "if (above("),
-    (CORESET, "} else if (picked_before(value, static_cast<int32_t>(row), excluded, excluded_row)) {", "} else if (value > excluded) {"),
+    (
+        CORESET,
+        "} else if (picked_before(value, static_cast<int32_t>(row), excluded, excluded_row)) {",
+        "} else if (value > excluded) {",
+        "a thread goes through its rows from the lowest on: the first of equal ones is the lowest",
+    ),
     (CORESET, "if (at < kMostEdges) edges[at]", "edges[at]"),
     (CORESET, "if (num_edges <= kMostEdges)\n", "if (true)\n"),
-    (CORESET, "return picked_before(keys[i], rows[i], keys[j], rows[j]);", "return picked_before(keys[j], rows[j], keys[i], rows[i]);"),
+    (CORESET, "return picked_before(keys[j], rows[j], keys[i], rows[i]);", "return false;"),
+    (CORESET, "return picked_before(keys[j], rows[j], keys[i], rows[i]);", "return picked_before(keys[i], rows[i], keys[j], rows[j]);", WIDER),
     (CORESET, "    if (rank >= taken) return;\n", ""),
     (CORESET, "    values[row] = kPicked;\n  });", "  });"),
     (CORESET, "run->num_candidates = run->num_edges = 0;", "run->num_candidates = 0;"),
     (CORESET, "    if (!(distance < key)) return key;\n", ""),
-    (CORESET, "if (values[row] >= 0) values[row] = other", "values[row] = other"),
     (CORESET, "finite = finite && subtract(distance, distance) == 0;", ""),
     (CORESET, "padding ? 0.0f : codes.residuals[row], padding);", "padding ? 0.0f : codes.residuals[row], false);"),
     (CORESET, "padding ? 0.0f : codes.residuals[row], padding);", "0.0f, padding);"),
@@ -180,7 +186,12 @@ SEARCH = [
     (NEAREST, "  begin = begin + k > bank.count ? bank.count - k : begin;\n", ""),
     (NEAREST, "  begin = begin < 0 ? 0 : begin;\n", ""),
     (NEAREST, "kStrict = false;", "kStrict = true;"),
-    (NEAREST, "return place < seed_begin[query] || place >= seed_begin[query] + k;", "return true;"),
+    (
+        NEAREST,
+        "return place < seed_begin[query] || place >= seed_begin[query] + k;",
+        "return true;",
+        "a seed that is met again heads two lists at once, and the merge goes on in both: it costs a distance",
+    ),
     (NEAREST, "return place < seed_begin[query] || place >= seed_begin[query] + k;", "return place < seed_begin[query] || place > seed_begin[query] + k;"),
     (
         NEAREST,
@@ -189,10 +200,20 @@ SEARCH = [
         "the merge takes the first k of all lists, so what lies behind the seeds' last one does no harm",
     ),
     (NEAREST, "policy.distances[blockIdx.y * policy.share_stride + i] = INFINITY;", ""),
-    (NEAREST, "policy.rows[blockIdx.y * policy.share_stride + i] = kNoRow;", ""),
+    (
+        NEAREST,
+        "policy.rows[blockIdx.y * policy.share_stride + i] = kNoRow;",
+        "",
+        "whatever stands there has an infinite distance, and the seeds' list alone has k rows that come before; initcheck would tell on a GPU",
+    ),
     (NEAREST, "    double* list = distances + blockIdx.y * share_stride + query * k;", "    double* list = distances + query * k;"),
     (NEAREST, "const bool finite = residuals[query] == residuals[query];", "const bool finite = true;"),
-    (NEAREST, "const bool left = lane < lists && head < k;", "const bool left = lane < lists;"),
+    (
+        NEAREST,
+        "const bool left = lane < lists && head < k;",
+        "const bool left = lane < lists;",
+        "a list ends with the last of the k rows at the earliest: what is read behind it is not used",
+    ),
     (NEAREST, "by_all.evidence = {memory.survivors, limit, false};", "by_all.evidence = {memory.survivors, limit, true};"),
     (NEAREST, "marks[row] = finite ? 0.0f", "marks[row] = true ? 0.0f"),
     (SCORE, "  if (thread == 0) *problems = 0;\n", ""),
@@ -216,7 +237,6 @@ BARRIERS_THAT_DO_NOT_SHOW: list[tuple[str, str, str]] = [
     (CORESET, "__threadfence();\n  return true;", ORDER),
     (CODES, "cp_async_wait<0>();\n#pragma", EMPTY),
     (SCAN, "cp_async_wait<0>();", EMPTY),
-    (CODES, "__syncthreads();\n  return value;", "only thread 0 uses the value, and it is the one that writes there again"),
     (CORESET, "__syncthreads();\n  };\n  reduce();", "only thread 0 goes on with what it has written itself, and is_last_block has barriers"),
     (CORESET, "__syncthreads();  // before best is used again", "is_last_block has barriers between the two uses"),
     (SCORE, "__syncthreads();\n  if (thread != 0) return;", "only thread 0 goes on, with what it has written itself behind the last barrier of the loop"),

@@ -120,21 +120,30 @@ TEST(picks_of_several_groups_of_tiles_lower_every_row) {
   }
 }
 
-TEST(keys_that_differ_in_their_last_bits_are_told_apart) {
-  // The threshold between candidates and others lies in digits that hold bits of the value and of the row.
+TEST(a_pass_has_a_batch_of_candidates) {
+  // Rows so far apart that all candidates of a pass are picked: the number of passes tells how many there were, at most a batch and at least half of
+  // it. The keys differ in digits that hold bits of the value and of the row, or there is one too many of them in a group of digits.
   data::Set set = data::fill(data::make("far", 300, 2), [](int64_t r, int64_t j) { return static_cast<double>(j == 0 ? 100 * r : 0); });
   const Rows& rows = data::rows_of(set);
-  Picks expected = start(300);
-  for (size_t i = 0; i < 300; ++i) expected.state[i] = 1 + static_cast<double>((i * 7 % 12 + (i % 3 == 0 ? 16 : 0)) / 3) * 0x1p-52;
-  Picks picks = expected;
-  expected.indices.resize(250);
-  expected.squared_distances.resize(250);
-  device::Vector<double> workspace(static_cast<size_t>(coreset_workspace_bytes(rows, serial())) / 8 + 1);
-  CHECK(greedy_coreset_cpu(rows, 250, serial(), workspace.data(), expected.state.data(), expected.indices.data(),
-                           expected.squared_distances.data()) == Status::kOk);
-  device::next_order();
-  CoresetCodes(rows).select(250, 20, 5, &picks);
-  expect("far", picks, expected);
+  const auto check = [&](const std::string& name, auto&& value, int64_t count, int64_t fewest, int64_t most) {
+    Picks expected = start(300);
+    for (int64_t i = 0; i < 300; ++i) expected.state[static_cast<size_t>(i)] = value(i);
+    Picks picks = expected;
+    expected.indices.resize(static_cast<size_t>(count));
+    expected.squared_distances.resize(static_cast<size_t>(count));
+    device::Vector<double> workspace(static_cast<size_t>(coreset_workspace_bytes(rows, serial())) / 8 + 1);
+    CHECK(greedy_coreset_cpu(rows, count, serial(), workspace.data(), expected.state.data(), expected.indices.data(),
+                             expected.squared_distances.data()) == Status::kOk);
+    device::next_order();
+    const int64_t passes = CoresetCodes(rows).select(count, 20, 1, &picks);
+    std::cout << "     " << name << ": " << count << " picks, 20 candidates, " << passes << " passes\n";
+    CHECK(fewest <= passes && passes <= most);
+    expect(name, picks, expected);
+  };
+  check("last bits", [](int64_t i) { return 1 + static_cast<double>((i * 7 % 12 + (i % 3 == 0 ? 16 : 0)) / 3) * 0x1p-52; }, 250, 13, 25);
+  check("few in the first digits", [](int64_t i) { return i < 8 ? 4.0 : 1 + static_cast<double>(i) * 0x1p-12; }, 28, 2, 3);
+  check("a group of 21", [](int64_t i) { return i < 21 ? std::ldexp(1.0, -static_cast<int>(i % 16)) : std::ldexp(1.0, -200); }, 21, 2, 2);
+  check("a digit of 30", [](int64_t i) { return i < 30 ? 1.5 + static_cast<double>(i) * 0x1p-20 : 0x1p-9; }, 30, 2, 3);
 }
 
 TEST(minima_over_centers_equal_those_of_the_cpu) {

@@ -113,15 +113,42 @@ TEST(a_block_goes_through_groups_of_tiles) {
   device::set_multiprocessors(3);
 }
 
+// Rows of two kinds, each known by 16 signs, in tiles of one kind: those that codes hold exactly, and those that rounding takes another way than the
+// query, which is nearer to them. A filter that forgot their residual would drop them, unless it began with them.
+TEST(residuals_of_bank_rows_count) {
+  constexpr int64_t kDim = 17;
+  // Magnitude 127, so that one step of the codes is 1. Each has its opposite, so that the mean is 0; two rows are 0, one of them the center.
+  const auto value = [](int64_t sign, int64_t j, double small) {
+    const double magnitude = j < 16 ? 127 : small;
+    return (sign / 2 >> j % 16 & 1) == sign % 2 ? magnitude : -magnitude;
+  };
+  data::Set set = data::fill(data::make("at the edge of codes", 1024, kDim), [&](int64_t r, int64_t j) {
+    const bool exact = r / 128 % 2 == 0;
+    return r / 2 == 256 ? 0.0 : value(r / 256 * 128 + r % 128, j, exact ? 1 : 31.0 / 64);
+  });
+  data::Set asked = data::fill(data::make("queries", 100, kDim), [&](int64_t r, int64_t j) { return value(r * 5, j, 33.0 / 64); });
+  const Rows &bank = data::rows_of(set), &queries = data::rows_of(asked);
+  const Neighbors expected = on_cpu(queries, bank, 1);
+  for (const int64_t nearest : expected.indices) CHECK_EQ(nearest / 128 % 2, 1);
+  device::set_multiprocessors(1);
+  for (uint64_t order = 0; order < 8; ++order) {
+    device::set_order(order);
+    expect(set.name, Prepared::nearest(queries, bank, nullptr, false, 1, 0), expected);
+  }
+  device::set_multiprocessors(3);
+  Prepared prepared(bank, true);
+  expect(set.name + ", by a prefix first", prepared.search(queries, bank, 1, 1), expected);
+}
+
 TEST(codes_spare_most_canonical_distances) {
   data::Set set = data::fill(data::make("clusters", 2000, 200), [](int64_t r, int64_t j) {
-    return std::sin(static_cast<double>(r % 50 * 200 + j)) + 0.01 * std::sin(static_cast<double>(r * 7 + j * 13 + r * j));
+    return std::sin(static_cast<double>(r % 400 * 200 + j)) + 0.01 * std::sin(static_cast<double>(r * 7 + j * 13 + r * j));
   });
   const Rows& bank = data::rows_of(set);
   const Rows queries = first_rows(bank, 100);
   device::set_order(0);
   Prepared prepared(bank, true);
-  for (const int prefix : {1, -1}) {
+  for (const int prefix : {1, 0, -1}) {
     device::Value<cuda::SearchCounters> counters;
     expect("clusters", prepared.search(queries, bank, 1, prefix, counters.get()), on_cpu(queries, bank, 1));
     std::cout << "     prefix " << prefix << ": " << static_cast<double>((*counters).canonical) / 100 << " canonical distances a query of 2000\n";
@@ -176,6 +203,10 @@ TEST(rows_too_long_for_codes_are_compared_pair_by_pair) {
   expect("long", Prepared::nearest(queries, bank, nullptr, false, 2, 0), expected);
   const Neighbors one = on_cpu(queries, bank, 1);
   CHECK(Prepared::image_scores(one, queries, bank, nullptr, false, 2, 3) == scores_on_cpu(one, queries, bank, 2, 3));
+  data::Set asked = data::fill(data::make("infinite", 2, 40000), [](int64_t r, int64_t j) { return r == 1 && j == 5 ? INFINITY : 0.0; });
+  const Neighbors found = Prepared::nearest(data::rows_of(asked), bank, nullptr, false, 1, 0);
+  CHECK_EQ(found.flags, cuda::kNonFinite);
+  CHECK(!std::isnan(found.squared_distances[0]) && std::isnan(found.squared_distances[1]));
 }
 
 TEST(image_scores_equal_those_of_the_cpu) {
@@ -199,7 +230,9 @@ TEST(images_with_bad_values_get_nan_and_say_why) {
   data::Set set = data::fill(data::make("set", 40, 5), [](int64_t r, int64_t j) { return std::cos(static_cast<double>(r * 5 + j)); });
   const Rows& bank = data::rows_of(set);
   const Rows queries = first_rows(bank, 12);
-  for (const bool outside : {false, true}) {
+  for (uint64_t order = 0; order < 8; ++order) {
+    const bool outside = order % 2 == 1;
+    device::set_order(order);
     Neighbors found = on_cpu(queries, bank, 1);
     if (outside)
       found.indices[5] = 40;
