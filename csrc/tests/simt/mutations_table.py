@@ -220,10 +220,10 @@ SEARCH = [
     (SCORE, "if (!(subtract(value, value) == 0)) atomicOr(problems, kNonFinite);", ""),
     (SCORE, "if (row < 0 || row >= bank_rows) atomicOr(problems, kOutside);", ""),
     (SCORE, "    at = other < at ? other : at;\n", ""),
-    (SCORE, "slot == 0 ? center :", "slot == 0 ? members[0] :"),
+    (SCORE, "slot == 0 ? center :", "slot == 0 ? members[0] :", "what stands first has distance 0 to m*: an equal row, with equal distances"),
     (PROJECTION, "finite = finite && staged[j] - staged[j] == 0;", ""),
     (PROJECTION, "finite = finite && result - result == 0;", ""),
-    (PROJECTION, "finite = finite && widen(x[j]) - widen(x[j]) == 0;", ""),
+    (PROJECTION, "finite = finite && widen(x[j]) - widen(x[j]) == 0;", ";"),
 ]
 
 TABLE = BOUNDS + ENCODING + FILTERING + PICKS + SEARCH

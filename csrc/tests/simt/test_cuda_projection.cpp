@@ -43,14 +43,17 @@ TEST(projections_have_the_bits_of_the_cpu) {
   }
 }
 
-TEST(a_projection_beyond_float32_is_reported) {
-  data::Set set = data::fill(data::make("large", 4, 3), [](int64_t, int64_t) { return 3e38; });
-  const device::Vector<double> matrix = {1, 0, 0, 1, 1, 0};
-  device::Vector<float> projected(8);
-  device::Block memory(cuda::random_projection_workspace_bytes(3, 2));
-  device::Value<int32_t> flags;
-  CHECK(device::finished(cuda::random_projection_cuda(data::rows_of(set), matrix.data(), 2, memory.data(), projected.data(), flags.get(), nullptr)));
-  CHECK_EQ(*flags, cuda::kNonFinite);
+TEST(projections_and_rows_that_are_not_finite_are_reported) {
+  for (const bool large : {true, false}) {  // beyond float32, or not finite where all weights are 0
+    data::Set set = data::fill(data::make("set", 4, 3), [&](int64_t, int64_t j) { return large ? 3e38 : j == 2 ? INFINITY : 1.0; });
+    const device::Vector<double> matrix = {1, 0, 0, 1, 1, 0};
+    device::Vector<float> projected(8);
+    device::Block memory(cuda::random_projection_workspace_bytes(3, 2));
+    device::Value<int32_t> flags;
+    CHECK(
+        device::finished(cuda::random_projection_cuda(data::rows_of(set), matrix.data(), 2, memory.data(), projected.data(), flags.get(), nullptr)));
+    CHECK_EQ(*flags, cuda::kNonFinite);
+  }
 }
 
 TEST(the_first_row_that_is_not_finite_is_found) {
