@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 
 from . import pipeline_sklearn
-from .bench_coreset import TUNED
 from .harness import CACHE, ROOT, machine, read_rows, run_worker, summary, write_results
 
 WORKER = "benchmarks.pipeline_methods"
-KINDS = {"anomalib": ("stock", "tuned", "ours"), "amazon": ("stock", "ours")}
-NAMES = {"stock": "as it is", "tuned": "as it is, allocator tuned", "ours": "with ours"}
+KINDS = ("stock", "ours")
+NAMES = {"stock": "as it is", "ours": "with ours"}
 PARTS = ("backbone", "coreset", "search", "map")
 TOLERANCE = 1e-4
 Row = dict[str, Any]
@@ -35,7 +34,7 @@ def run(case: Row, kind: str, peers: str, **more: Any) -> Row:
     save = str(CACHE / f"pipeline_{case['pipeline']}_{kind}")
     path = os.pathsep.join([str(ROOT), str(Path(os.environ.get("PATCHCORE_INSPECTION_SRC", "/")) / "src")])
     environment = {"PYTHONPATH": path, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(case["threads"]), "PYTHONWARNINGS": "ignore"}
-    found = run_worker(peers, WORKER, {**case, "kind": kind, "save": save, **more}, {**environment, **(TUNED if kind == "tuned" else {})})
+    found = run_worker(peers, WORKER, {**case, "kind": kind, "save": save, **more}, environment)
     return found if "error" in found else {**found, "scores": np.load(f"{save}_scores.npy"), "bank": np.load(f"{save}_bank.npy")}
 
 
@@ -63,17 +62,16 @@ def compare(case: Row, stock: Row, ours: Row, peers: str) -> Row:
 
 def bench(case: Row, repeats: int, peers: str) -> list[Row]:
     """All kinds of one pipeline: compared, then timed in turns."""
-    kinds = KINDS[case["pipeline"]]
-    runs: dict[str, list[Row]] = {kind: [run(case, kind, peers)] for kind in kinds}
-    failed = next((runs[kind][0]["error"] for kind in kinds if "error" in runs[kind][0]), None)
+    runs: dict[str, list[Row]] = {kind: [run(case, kind, peers)] for kind in KINDS}
+    failed = next((runs[kind][0]["error"] for kind in KINDS if "error" in runs[kind][0]), None)
     told = {"error": failed} if failed else compare(case, runs["stock"][0], runs["ours"][0], peers)
     if "error" in told:
         print(f"{case['pipeline']} {case['ratio']}: {told['error']}; not timed", flush=True)
         return [{**case, "kind": "ours", **told}]
     for _ in range(repeats - 1):
-        for kind in kinds:
+        for kind in KINDS:
             runs[kind].append(run(case, kind, peers))
-    return [row_of(case, kind, runs[kind], told) for kind in kinds]
+    return [row_of(case, kind, runs[kind], told) for kind in KINDS]
 
 
 def row_of(case: Row, kind: str, runs: list[Row], told: Row) -> Row:
@@ -151,9 +149,10 @@ def main() -> None:
     print(table(rows))
     if not arguments.quick:
         source = "magnetic tiles" if os.environ.get("PATCHCORE_EXT_DATA") else "solar cells of elpv-dataset"
+        here = machine()
         note = (
-            f"ResNet18 layer2 + layer3, {source}, {arguments.threads} threads, batches of 8. anomalib 2.7: its Engine, from files, 256 px, 1,024 patches an "
-            "image; its fit also validates on the test images. "
+            f"{here['processor']}, level {here['cpu_level']}, {here['date']}. ResNet18 layer2 + layer3, {source}, {arguments.threads} threads, batches of 8. "
+            "anomalib 2.7: its Engine, from files, 256 px, 1,024 patches an image; its fit also validates on the test images. "
             "amazon: patchcore-inspection at fcaa92f, approximate sampler, from tensors, 224 px, 784 patches an image. "
             "scikit-learn: NearestNeighbors by brute force and a quantile of its leave-one-out scores against KNNDetector, k = 5, on features ready made."
         )
