@@ -71,9 +71,9 @@ def _prepare_bank(bank: Tensor, center: Tensor, matrix: Tensor, short_outputs: i
     def tile_filter(words: int) -> list[int]:
         return [tiles * words * 256, tiles * 256, tiles * 8]
 
-    pieces = [176, 8 * dim, 256 * tiles, *tile_filter((dim + 3) // 4)]
+    pieces = [200, 8 * dim, 256 * tiles, *tile_filter((dim + 3) // 4)]
     if outputs > 0:
-        words = (outputs - short_outputs + 4) // 4
+        words = (short_outputs + 63) // 64 * 16 + (outputs - short_outputs + 4) // 4
         pieces += [(outputs + 63) // 64 * 128 * ((dim + 1) // 2 * 2), *tile_filter((short_outputs + 4) // 4), 4 * rows]
         pieces += [64 * tiles * 4 * words, 256 * tiles, 256 * tiles]
     return bank.new_empty((sum((size + 63) // 64 * 64 for size in pieces),), dtype=torch.uint8)

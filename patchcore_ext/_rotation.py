@@ -50,11 +50,11 @@ def center_and_prefix(rows: Tensor) -> tuple[Tensor, Tensor]:
     return center, matrix / (bound.sqrt() * (1 + 1e-9))
 
 
-# Lengths of the prefixes, of which the first is taken that leaves at most such a share of the variance; with the norm of the rest as one more coordinate they
-# are whole cache lines of codes. Measured on 15,680 rows of ResNet18 features: 63 and 255 are best at D = 384, 1024 and 1536 where maps are put side by side;
-# where neighbourhoods are pooled to 1536, 127 and 511 take less than half the time of these.
+# Lengths of the short prefix, and of what makes it the long one, of which the first is taken that leaves at most such a share of the variance; with the norm
+# of the rest as one more coordinate they are whole cache lines of codes. Measured on 15,680 rows of ResNet18 features: 63 and 190 or 254 are best at D = 384,
+# 1024 and 1536 where maps are put side by side; where neighbourhoods are pooled to 1536, 127 and 510 take less than half the time of these.
 _SHORT, _SHORT_REST = (63, 79, 95, 127), 0.16
-_LONG, _LONG_REST = (191, 255, 383, 511), 0.03
+_MORE, _LONG_REST = (127, 191, 319, 447), 0.03
 _CUDA_LENGTHS = (63, 191)  # csrc/core/cuda/kernels.h
 _PREPARED_ROWS = 1024  # below, the matrix takes more memory than it is worth
 _PREPARED_DIMS = range(192, 8193)
@@ -74,15 +74,16 @@ def center_alone(bank: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
 def center_and_prefixes(bank: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
     """Where the rows of a memory bank are, and its two prefixes.
 
-    The choice decides how much the search has to look at, never what it finds. Both prefixes span leading principal directions of a sample, found by subspace
+    The choice decides how much the search has to look at, never what it finds. Both span leading principal directions of a sample, found by subspace
     iteration, each turned at random within itself.
 
     Args:
         bank: ``[M, D]`` float32, float16 or bfloat16, M >= 1.
 
     Returns:
-        ``center`` float64 ``[D]``, a median; ``matrix`` int16 ``[short + long, D]``, whose two parts divided by 2^14 have no singular value above 1; and short.
-        The matrix is empty where a prefix would not pay.
+        ``center`` float64 ``[D]``, a median; ``matrix`` int16 ``[outputs, D]``, of which the first ``short`` rows make the short prefix and all the long one;
+        ``short``; and an order of the rows, int32 ``[M]``. Divided by 2^14 the matrix has no singular value above 1. It is empty where a prefix would not pay.
+        On CUDA the two prefixes lie one behind the other, and each has no singular value above 1.
     """
     without = center_alone(bank)
     center = without[0]
@@ -95,16 +96,19 @@ def center_and_prefixes(bank: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
         return without
     deviations = (deviations / scale).float()
     if _library.runs_cuda_kernels(bank.device):
-        lengths = _CUDA_LENGTHS
-        directions, _ = _principal_directions(deviations, lengths[1])
+        short, long = _CUDA_LENGTHS
+        directions, _ = _principal_directions(deviations, long)
+        matrix = torch.cat([_integer_contraction([part]) for part in (directions[:, :short], directions)])
     else:
-        directions, rest = _principal_directions(deviations, min(_LONG[1], 2 * dim // 3))
-        if rest[-1] > _LONG_REST and 2 * dim // 3 > _LONG[1]:
-            directions, rest = _principal_directions(deviations, min(_LONG[-1], 2 * dim // 3))
-        lengths = (_shortest(_SHORT, _SHORT_REST, rest), _shortest(_LONG, _LONG_REST, rest))
-    parts = [_integer_contraction(directions[:, :count], seed) for seed, count in enumerate(lengths)]
+        most = 2 * dim // 3
+        directions, rest = _principal_directions(deviations, min(_SHORT[0] + _MORE[1], most))
+        if rest[-1] > _LONG_REST and most > _SHORT[0] + _MORE[1]:
+            directions, rest = _principal_directions(deviations, min(_SHORT[-1] + _MORE[-1], most))
+        short = _shortest(_SHORT, _SHORT_REST, rest)
+        long = _shortest([short + more for more in _MORE], _LONG_REST, rest)
+        matrix = _integer_contraction([directions[:, :short], directions[:, short:long]])
     order = _neighborly_order(((bank.float() - center.float()) @ directions[:, :_AXES].float()).cpu()).to(bank.device)
-    return center, torch.cat(parts), lengths[0], order
+    return center, matrix, short, order
 
 
 def _shortest(lengths: Sequence[int], share: float, rest: Tensor) -> int:
@@ -145,11 +149,14 @@ def _principal_directions(deviations: Tensor, count: int) -> tuple[Tensor, Tenso
     return directions, 1 - values.cpu().flip(0)[:count].cumsum(0) / covariance.double().trace().cpu()
 
 
-def _integer_contraction(directions: Tensor, seed: int) -> Tensor:
-    """int16 ``[outputs, D]``: the directions turned among themselves, times 2^14 and a little less, so that each row of |A A^T| sums to at most 2^28."""
-    outputs = directions.shape[1]
-    mixing = torch.from_numpy(_random.gaussian_projection_matrix(outputs, outputs, seed=seed)).to(directions.device)
-    rows = (directions @ torch.linalg.qr(mixing).Q).T  # [outputs, D]
+def _integer_contraction(parts: Sequence[Tensor]) -> Tensor:
+    """int16 ``[outputs, D]``: each part's directions turned among themselves, times 2^14 and a little less: each row of |A A^T| sums to at most 2^28."""
+    turned = []
+    for seed, directions in enumerate(parts):
+        outputs = directions.shape[1]
+        mixing = torch.from_numpy(_random.gaussian_projection_matrix(outputs, outputs, seed=seed)).to(directions.device)
+        turned.append((directions @ torch.linalg.qr(mixing).Q).T)
+    rows = torch.cat(turned)  # [outputs, D]
     factor = 1.0
     while True:
         matrix: Tensor = (rows * (_UNIT * factor)).round()

@@ -23,8 +23,8 @@ def prepared(bank: Tensor) -> list[Tensor]:
     if bank.shape[1] < 32:
         return ops.prepare_bank(bank)
     center, _, _, order = _rotation.center_alone(bank)
-    parts = [_rotation._integer_contraction(make_features("random", bank.shape[1], count).double() * 0.1, seed=count) for count in (7, 15)]
-    return [torch.ops.patchcore_ext.prepare_bank(bank, center, torch.cat(parts), 7, order.flip(0))]
+    matrix = _rotation._integer_contraction([make_features("random", bank.shape[1], count).double() * 0.1 for count in (7, 15)])
+    return [torch.ops.patchcore_ext.prepare_bank(bank, center, matrix, 7, order.flip(0))]
 
 
 def assert_equal_to_every_distance(queries: Tensor, bank: Tensor, codes: list[Tensor], k: int) -> None:
@@ -135,7 +135,7 @@ def test_a_matrix_that_enlarges_distances_is_refused() -> None:
     bank = make_features("random", 300, 20)
     center = torch.zeros(20, dtype=torch.float64)
     matrix, order = torch.full((4, 20), 16384, dtype=torch.int16), torch.arange(300, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match="expected matrix / 2\\^14 to hold two contractions"):
+    with pytest.raises(RuntimeError, match="expected matrix / 2\\^14 to be a contraction"):
         torch.ops.patchcore_ext.prepare_bank(bank, center, matrix, 2, order)
     for wrong in (order.clamp(max=298), order - 1, order.clamp(min=1)):
         with pytest.raises(RuntimeError, match="expected order to be a permutation of the rows"):

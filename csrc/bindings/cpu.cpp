@@ -245,7 +245,7 @@ Tensor prepare_bank(const Tensor& bank, const Tensor& center, const Tensor& matr
   const BankRotation rotation = {static_cast<const double*>(center.const_data_ptr()), short_outputs, outputs - short_outputs,
                                  static_cast<const int16_t*>(matrix.const_data_ptr()), static_cast<const int32_t*>(order.const_data_ptr())};
   if (!is_contraction(rotation, dim))
-    fail(op, ": expected matrix / 2^14 to hold two contractions (each row of |A A^T| sums to at most 1), got a larger sum.");
+    fail(op, ": expected matrix / 2^14 to be a contraction (each row of |A A^T| sums to at most 1), got a larger sum.");
   const Parallel parallel = torch_threads(known.rows.count * dim * (outputs + 1));
   if (first_nonfinite_row_cpu(known.rows, parallel) >= 0) explain_nonfinite(op, {{"bank", &known.rows}});
   const int64_t bytes = prepared_bank_bytes(known.rows, rotation);

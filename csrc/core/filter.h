@@ -311,7 +311,14 @@ PATCHCORE_HOST_DEVICE double residual_coordinate_error(double g, double z_norm, 
 // Range: every row of A has a norm of at most 2^14 (a row of P of at most 1), and ||y^|| <= sqrt(dim) m for steps clipped to [-m, m]. So
 // |sum_j A_oj y^_j| <= 2^14 sqrt(dim) m < 2^31 for m = largest_step(dim). Partial sums may wrap around in 32 bits: the whole sum is right modulo
 // 2^32 and in range. (No product of two pairs is -2^15 times -2^15: |A_oj| <= 2^14.)
+//
+// Codes of two steps. Where some coordinates are larger than the others, they are quantised by a step that is 2^b times as large: their codes c stand
+// for a_j = 2^b c_j, and clip reaches to 127 * 2^b. Section 5 asks no more of a_x than that it is made of integers, and of clip that it enlarges no
+// distance: squared norms and dot products of a are those of the codes, with 4^b times the part of these coordinates, and r_x = ||clip(S f) - a_x||
+// as ever. Range: with b <= kMostCoarseBits and at most 1024 coordinates of each kind, ||a_x||^2 <= 127^2 * (16 * 1024 + 1025) < 2^29 and ||a_x -
+// a_y||^2 < 2^31.
 constexpr int kContractionBits = 14;
+constexpr int kMostCoarseBits = 2;
 PATCHCORE_HOST_DEVICE double largest_step(int64_t dim) {
   const double most = multiply(0.999, 131072.0 / rounded_root(static_cast<double>(dim)));
   return most < 16383 ? static_cast<double>(static_cast<int32_t>(most)) : 16383.0;

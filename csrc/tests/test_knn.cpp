@@ -255,11 +255,35 @@ TEST(the_error_of_the_steps_counts) {
   std::vector<int16_t>& matrix = rotation.matrix;
   std::fill(rotation.center.begin(), rotation.center.end(), 0.0);
   std::fill(matrix.begin(), matrix.end(), int16_t{0});
-  matrix[1] = matrix[static_cast<size_t>(dim) + 1] = 16384;
+  matrix[1] = 16384;
   Memory prepared = prepare(bank, rotation.view, serial());
   SearchOptions options;
   options.prefix = 1;
   for (const int64_t k : {1, 5}) CHECK(filtered(queries, bank, prepared, k, options, serial()) == search(queries, bank, k, serial()));
+}
+
+// The first axis is the short prefix and has codes of 4 in the long one, where the second axis has codes of 1. A query's nearest row rounds away from
+// it by one of the large codes, and another row does not: without the error of the large codes in the bound, that one would be found.
+TEST(the_error_of_large_codes_counts) {
+  const int64_t dim = 8, groups = 15;
+  const auto group_at = [](int64_t g) { return static_cast<double>(4 * (g - 7)); };
+  data::Set set = data::fill(data::make("large codes", 600, dim), [&](int64_t r, int64_t j) {
+    if (j > 1) return 0.0;
+    if (r < 2 * groups) return j == 1 ? group_at(r % groups) : r < groups ? 1.96 : 4.0;
+    return j == 1 ? group_at(r % groups) : r % 2 ? 508.0 : -508.0;
+  });
+  data::Set asked = data::fill(data::make("queries", groups, dim), [&](int64_t q, int64_t j) { return j == 0 ? 2.04 : j == 1 ? group_at(q) : 0.0; });
+  const Rows &bank = data::rows_of(set), &queries = data::rows_of(asked);
+  Rotation rotation = rotation_for(bank, 1, 1);
+  std::fill(rotation.center.begin(), rotation.center.end(), 0.0);
+  std::fill(rotation.matrix.begin(), rotation.matrix.end(), int16_t{0});
+  rotation.matrix[0] = rotation.matrix[static_cast<size_t>(dim) + 1] = 16384;
+  Memory prepared = prepare(bank, rotation.view, serial());
+  SearchOptions options;
+  options.prefix = 1;
+  const Result found = filtered(queries, bank, prepared, 1, options, serial());
+  for (int64_t q = 0; q < groups; ++q) CHECK_EQ(found.indices[static_cast<size_t>(q)], q);
+  CHECK(found == search(queries, bank, 1, serial()));
 }
 
 // Rows whose coordinates are the same numbers in other orders: all about as far from the origin, to the last bits of float64. Float32 sums differ by

@@ -95,9 +95,12 @@ TEST(scans_and_dots_equal_the_scalar_level) {
         for (const int64_t operands : {1, 4, 7, 41}) {
           std::vector<int32_t> which(41), some(41), same(41);
           for (int32_t& operand : which) operand = static_cast<int32_t>(generator()() % kTileOperands);
-          level.dots(rows.data(), tile.data(), 4 * words, which.data(), operands, words, some.data());
-          scalar.dots(rows.data(), tile.data(), 4 * words, which.data(), operands, words, same.data());
-          CHECK(some == same);
+          for (int64_t coarse = 0; coarse < words && coarse <= 64; coarse += 16) {
+            const int64_t shift = coarse == 0 ? 0 : static_cast<int64_t>(generator()() % 3) * 2;
+            level.dots(rows.data(), tile.data(), 4 * words, which.data(), operands, words, coarse, shift, some.data());
+            scalar.dots(rows.data(), tile.data(), 4 * words, which.data(), operands, words, coarse, shift, same.data());
+            CHECK(some == same);
+          }
         }
       }
     }

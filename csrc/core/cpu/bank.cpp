@@ -71,8 +71,8 @@ Header header_of(const Rows& bank, const BankRotation& rotation) {
   header.long_outputs = rotation.short_outputs == 0 ? 0 : rotation.long_outputs;
   header.step_scale = 1;
   header.prefix.outputs = header.short_outputs;
-  header.second.begin = header.short_outputs;
-  header.second.outputs = header.long_outputs;
+  header.second.outputs = header.short_outputs + header.long_outputs;
+  header.second.coarse = header.short_outputs;
   return header;
 }
 
@@ -89,7 +89,7 @@ Slot slot_at(const Rows& bank, int64_t outputs, Pieces* pieces) {
   slot.encoder = encoder_memory(bank.dim, outputs, pieces);
   slot.widened = pieces->take<float>(float_scratch(bank, 1));
   slot.rows = pieces->take<float>(kBlockQueries * bank.dim);
-  slot.codes = pieces->take<uint8_t>(std::max(bank.dim, outputs) + 8);
+  slot.codes = pieces->take<uint8_t>(std::max(bank.dim, outputs) + 72);
   return slot;
 }
 
@@ -152,21 +152,41 @@ struct Packer {
     bank.projection.step_scale = header->step_scale;
   }
 
+  // A scale by which coordinates begin .. end of most rows fit the codes.
+  double scale_of(const View& view, int64_t begin, int64_t end) const {
+    double error;
+    const int64_t count = sample_rows([&](const Encoder& encoder, const float*, int64_t index, int64_t i) {
+      const double* values = encoder.coordinates(view, i, &error);
+      double most = 0;
+      for (int64_t k = begin; k < end; ++k) most = std::max(most, std::abs(values[k]));
+      sample[index] = most;
+    });
+    return int8_scale(percentile(sample, count, kCodePercentile));
+  }
+
   void choose_scale(View* view) {
     const int64_t coordinates = view->coordinates(rows.dim);
-    double error, sum = 0;
     if (view->outputs > 0) {
+      double error, sum = 0;
       const int64_t count =
           sample_rows([&](const Encoder& encoder, const float*, int64_t, int64_t i) { sum += encoder.coordinates(*view, i, &error)[view->outputs]; });
       view->shift = sum / static_cast<double>(count);
     }
-    const int64_t count = sample_rows([&](const Encoder& encoder, const float*, int64_t index, int64_t i) {
-      const double* values = encoder.coordinates(*view, i, &error);
-      double most = 0;
-      for (int64_t k = 0; k < coordinates; ++k) most = std::max(most, std::abs(values[k]));
-      sample[index] = most;
-    });
-    view->scale = int8_scale(percentile(sample, count, kCodePercentile));
+    view->scale = scale_of(*view, view->coarse, coordinates);
+    if (view->coarse > 0) {
+      // Of the steps that fit both kinds of coordinates, those of the smallest error.
+      const double fine = view->scale, coarse = scale_of(*view, 0, view->coarse);
+      double least = INFINITY;
+      for (int64_t bits = 0; bits <= kMostCoarseBits; ++bits) {
+        const double factor = static_cast<double>(1 << bits), scale = std::min(fine, factor * coarse);
+        const double error =
+            (factor * factor * static_cast<double>(view->coarse) + static_cast<double>(coordinates - view->coarse)) / (scale * scale);
+        if (!(error < least)) continue;
+        least = error;
+        view->scale = scale;
+        view->coarse_bits = bits;
+      }
+    }
     view->codes_per_unit = view->outputs == 0 ? view->scale : inflate(view->scale * header->step_scale, 1);
   }
 
@@ -211,11 +231,12 @@ struct Packer {
       const int64_t row = tile * kTileOperands + i;
       const RowCodes encoded = encoder.encode(filter.view, i, memory.codes);
       int8_t* codes = filter.codes + row * 4 * filter.words;
-      int32_t sum = 0;
+      int32_t sum = 0, coarse_sum = 0;
       for (int64_t k = 0; k < 4 * filter.words; ++k) {
         codes[k] = static_cast<int8_t>(memory.codes[k] - 128);
-        sum += codes[k];
+        (k < 4 * filter.view.coarse_words() ? coarse_sum : sum) += codes[k];
       }
+      sum += coarse_sum * (1 << 2 * filter.view.coarse_bits);
       filter.offsets[row] = encoded.squared_norm + 256 * sum;
       filter.residuals[row] = round_up_to_float(encoded.residual);
     }
@@ -287,8 +308,7 @@ bool rows_are_contraction(const int16_t* matrix, int64_t outputs, int64_t dim) {
 
 bool is_contraction(const BankRotation& rotation, int64_t dim) {
   return rotation.short_outputs <= kMostOutputs && rotation.long_outputs <= kMostOutputs &&
-         rows_are_contraction(rotation.matrix, rotation.short_outputs, dim) &&
-         rows_are_contraction(rotation.matrix + rotation.short_outputs * dim, rotation.long_outputs, dim);
+         rows_are_contraction(rotation.matrix, rotation.short_outputs + rotation.long_outputs, dim);  // and so is the beginning of it
 }
 
 int64_t prepared_bank_bytes(const Rows& bank, const BankRotation& rotation) {
@@ -326,14 +346,15 @@ bool prepared_bank_fits(const Rows& bank, const void* prepared, int64_t bytes) {
   Header header;
   if (bytes < static_cast<int64_t>(sizeof(Header))) return false;
   std::memcpy(&header, prepared, sizeof(Header));
-  const auto usable = [&](const View& view, int64_t begin, int64_t outputs) {
-    return view.begin == begin && view.outputs == outputs && view.scale > 0 && view.codes_per_unit > 0 && view.codes_per_unit < INFINITY;
+  const auto usable = [&](const View& view, int64_t outputs, int64_t coarse) {
+    return view.outputs == outputs && view.coarse == coarse && view.coarse_bits >= 0 && view.coarse_bits <= kMostCoarseBits && view.scale > 0 &&
+           view.codes_per_unit > 0 && view.codes_per_unit < INFINITY;
   };
   if (bank.dim > kMaxFilterDim || header.count != bank.count || header.dim != bank.dim || header.short_outputs < 0 || header.long_outputs < 0 ||
       header.short_outputs > kMostOutputs || header.long_outputs > kMostOutputs || !usable(header.full, 0, 0))
     return false;
   if (header.short_outputs > 0 &&
-      !(usable(header.prefix, 0, header.short_outputs) && usable(header.second, header.short_outputs, header.long_outputs)))
+      !(usable(header.prefix, header.short_outputs, 0) && usable(header.second, header.short_outputs + header.long_outputs, header.short_outputs)))
     return false;
   Pieces pieces(const_cast<void*>(prepared));
   const PreparedBank inside = lay_out(header, &pieces);

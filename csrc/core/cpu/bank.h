@@ -18,12 +18,12 @@ struct TileFilter {
   double* tile_residuals = nullptr;  // [num_tiles]: the largest residual of each tile
 };
 
-// Codes that are looked up row by row.
+// Codes that are looked up row by row. The short prefix begins them, in coarser steps: what is projected for the scan serves here as well.
 struct RowFilter {
   View view;
   int64_t words = 0;
   int8_t* codes = nullptr;      // [count, 4 * words], signed, by place
-  int32_t* offsets = nullptr;   // [count]: n_y + 2 * 128 * (sum of the codes), so that ||a_x - a_y||^2 = n_x + offset - 2 * dot
+  int32_t* offsets = nullptr;   // [count]: n_y + 2 * 128 * (sum of a_y), so that ||a_x - a_y||^2 = n_x + offset - 2 * dot
   float* residuals = nullptr;   // [count]
   double largest_residual = 0;  // of all rows
 };

@@ -42,7 +42,7 @@ void scan_block(const CoresetRun& run, const Operands& operands, int64_t tile, c
   static constexpr int32_t kAll[kFewPicks] = {0, 1, 2, 3};
   for (int64_t r = 0; r < count; ++r) {
     int32_t dots[kFewPicks];
-    level().dots(codes + r * stride, operands.codes, stride, kAll, operands.count, run.first.words, dots);
+    level().dots(codes + r * stride, operands.codes, stride, kAll, operands.count, run.first.words, 0, 0, dots);
     survivors[r] = 0;
     for (int64_t o = 0; o < operands.count; ++o) survivors[r] |= static_cast<uint64_t>(dots[o] + operands.start[o] >= floors[r]) << o;
   }
@@ -66,7 +66,7 @@ int64_t rescue(CoresetRun* run, const Operands& operands, int64_t row, const int
   } else {
     const Codes& codes = run->second;
     const int64_t stride = 4 * codes.words;
-    level().dots(codes.codes + row * stride, operands.codes, stride, survivors, count, codes.words, memory.dots);
+    level().dots(codes.codes + row * stride, operands.codes, stride, survivors, count, codes.words, 0, 0, memory.dots);
     int64_t nearest = 0;
     for (int64_t i = 0; i < count; ++i) {  // from dot products to squared distances of codes
       const int64_t o = survivors[i];

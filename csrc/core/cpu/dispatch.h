@@ -31,8 +31,9 @@ struct Level {
   // Bit o of the result is set iff start[o] + dot(row, operand o) >= floors[o] + offset (which must not overflow).
   uint64_t (*scan_tile)(const uint8_t* row, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors, int32_t offset);
 
-  // dots[i] = dot(row, codes of operand which[i]), operands `stride` bytes apart.
-  void (*dots)(const uint8_t* row, const int8_t* operands, int64_t stride, const int32_t* which, int64_t count, int64_t words, int32_t* dots);
+  // dots[i] = dot(row, codes of operand which[i]), operands `stride` bytes apart; the first `coarse` words, a multiple of 16, count 2^shift times.
+  void (*dots)(const uint8_t* row, const int8_t* operands, int64_t stride, const int32_t* which, int64_t count, int64_t words, int64_t coarse,
+               int64_t shift, int32_t* dots);
 
   // floors[r] = int8_floor(squared_norms[r], int8_skip_limit(reach[r], residual)), count a multiple of 8.
   void (*int8_floors)(const double* reach, const int32_t* squared_norms, int64_t count, double residual, int32_t* floors);

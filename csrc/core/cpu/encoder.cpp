@@ -47,7 +47,7 @@ const double* Encoder::coordinates(const View& view, int64_t r, double* error) c
     *error = 0;
     return out;
   }
-  const int32_t* products = memory_.products + r * padded_outputs(projection_.outputs) + view.begin;
+  const int32_t* products = memory_.products + r * padded_outputs(projection_.outputs);
   double squares[4] = {};  // four sums side by side
   int64_t k = 0;
   for (; k + 4 <= view.outputs; k += 4) {
@@ -72,9 +72,16 @@ const double* Encoder::coordinates(const View& view, int64_t r, double* error) c
 RowCodes Encoder::encode(const View& view, int64_t r, uint8_t* codes) const {
   double error, error_squares;
   const double* values = coordinates(view, r, &error);
-  const int64_t count = view.coordinates(projection_.dim);
-  const int32_t squared_norm = level().quantize(values, count, view.scale, codes, &error_squares);
-  for (int64_t k = count; k < 4 * view.words(projection_.dim); ++k) codes[k] = 128;
+  const int64_t count = view.coordinates(projection_.dim), begin = 4 * view.coarse_words();
+  int32_t squared_norm = level().quantize(values + view.coarse, count - view.coarse, view.scale, codes + begin, &error_squares);
+  for (int64_t k = begin + count - view.coarse; k < 4 * view.words(projection_.dim); ++k) codes[k] = 128;
+  if (view.coarse > 0) {
+    const double step = static_cast<double>(1 << view.coarse_bits);
+    double coarse_squares;
+    squared_norm += level().quantize(values, view.coarse, view.scale / step, codes, &coarse_squares) << 2 * view.coarse_bits;
+    error_squares += step * step * coarse_squares;
+    for (int64_t k = view.coarse; k < begin; ++k) codes[k] = 128;
+  }
   return {squared_norm, inflate(residual_bound(error_squares, squared_norm, count) + view.scale * error, 2)};
 }
 

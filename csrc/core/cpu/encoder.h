@@ -22,17 +22,20 @@ struct IntegerProjection {
 inline int64_t pairs_of(int64_t dim) { return (dim + 1) / 2; }
 inline int64_t padded_outputs(int64_t outputs) { return (outputs + kTileOperands - 1) / kTileOperands * kTileOperands; }
 
-// One kind of codes: `outputs` of the projection from `begin` on, with the norm of the rest as one more coordinate; or, where outputs is 0, all
-// coordinates of x - center.
+// One kind of codes: the first `outputs` of the projection, with the norm of the rest as one more coordinate; or, where outputs is 0, all coordinates
+// of x - center. The codes of the first `coarse` coordinates, which are large, count 2^coarse_bits times as much (filter.h, section 8), and end with
+// zeros on a whole number of 64 bytes.
 struct View {
-  int64_t begin = 0;
   int64_t outputs = 0;
+  int64_t coarse = 0;
+  int64_t coarse_bits = 0;
   double shift = 0;           // subtracted from the residual coordinate
   double scale = 1;           // codes per step, or per unit where there is no projection
   double codes_per_unit = 1;  // S of filter.h: not below the codes per unit of distance
 
   int64_t coordinates(int64_t dim) const { return outputs == 0 ? dim : outputs + 1; }
-  int64_t words(int64_t dim) const { return (coordinates(dim) + 3) / 4; }
+  int64_t coarse_words() const { return (coarse + 63) / 64 * 16; }
+  int64_t words(int64_t dim) const { return coarse_words() + (coordinates(dim) - coarse + 3) / 4; }
 };
 
 // Memory of a block of rows on their way to codes.

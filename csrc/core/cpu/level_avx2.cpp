@@ -117,14 +117,18 @@ void scan_rows(const uint8_t* rows, int64_t stride, int64_t count, const int8_t*
   }
 }
 
-static inline int32_t dot(const uint8_t* row, const int8_t* operand, int64_t words) {
+static inline __m256i add_sixteen(__m256i sum, const uint8_t* row, const int8_t* operand) {
+  const __m256i a = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row)));
+  const __m256i b = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(operand)));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+}
+
+static inline int32_t dot(const uint8_t* row, const int8_t* operand, int64_t words, int64_t coarse, int64_t shift) {
   __m256i sum = _mm256_setzero_si256();
   int64_t w = 0;
-  for (; w + 4 <= words; w += 4) {
-    const __m256i a = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 4 * w)));
-    const __m256i b = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(operand + 4 * w)));
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
-  }
+  for (; w < coarse; w += 4) sum = add_sixteen(sum, row + 4 * w, operand + 4 * w);
+  sum = _mm256_sll_epi32(sum, _mm_cvtsi64_si128(shift));
+  for (; w + 4 <= words; w += 4) sum = add_sixteen(sum, row + 4 * w, operand + 4 * w);
   __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
   four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
   int32_t total = _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
@@ -132,8 +136,9 @@ static inline int32_t dot(const uint8_t* row, const int8_t* operand, int64_t wor
   return total;
 }
 
-void dots(const uint8_t* row, const int8_t* operands, int64_t stride, const int32_t* which, int64_t count, int64_t words, int32_t* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = dot(row, operands + which[i] * stride, words);
+void dots(const uint8_t* row, const int8_t* operands, int64_t stride, const int32_t* which, int64_t count, int64_t words, int64_t coarse,
+          int64_t shift, int32_t* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = dot(row, operands + which[i] * stride, words, coarse, shift);
 }
 
 // filter.h, section 5, four rows at a time and operation by operation: the same integers.

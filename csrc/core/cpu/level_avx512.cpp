@@ -136,29 +136,34 @@ uint64_t scan_tile(const uint8_t* row, const int8_t* tile, const int32_t* start,
   return survivors;
 }
 
-inline __m512i row_times_operand(const uint8_t* row, const int8_t* operand, int64_t whole, __mmask64 rest) {
-  __m512i sum =
-      _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_maskz_loadu_epi8(rest, row + whole), _mm512_maskz_loadu_epi8(rest, operand + whole));
-  for (int64_t b = 0; b < whole; b += 64) sum = _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(row + b), _mm512_loadu_si512(operand + b));
-  return sum;
+// 64 codes at a time: those up to `coarse`, 2^shift times, then those up to `whole`, then the rest.
+inline __m512i row_times_operand(const uint8_t* row, const int8_t* operand, int64_t coarse, __m128i shift, int64_t whole, __mmask64 rest) {
+  __m512i sum = _mm512_setzero_si512();
+  int64_t b = 0;
+  for (; b < coarse; b += 64) sum = _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(row + b), _mm512_loadu_si512(operand + b));
+  sum = _mm512_sll_epi32(sum, shift);
+  for (; b < whole; b += 64) sum = _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(row + b), _mm512_loadu_si512(operand + b));
+  return _mm512_dpbusd_epi32(sum, _mm512_maskz_loadu_epi8(rest, row + whole), _mm512_maskz_loadu_epi8(rest, operand + whole));
 }
 
 // Four operands at a time, whose sums are added up together.
-void dots(const uint8_t* row, const int8_t* operands, int64_t stride, const int32_t* which, int64_t count, int64_t words, int32_t* out) {
+void dots(const uint8_t* row, const int8_t* operands, int64_t stride, const int32_t* which, int64_t count, int64_t words, int64_t coarse,
+          int64_t shift, int32_t* out) {
   const int64_t whole = (words - 1) / 16 * 64;
+  const __m128i bits = _mm_cvtsi64_si128(shift);
   const __mmask64 rest = ~uint64_t{0} >> (64 - (4 * words - whole));
   int64_t i = 0;
   for (; i + 4 <= count; i += 4) {
     __m512i sums[4];
 #pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) sums[q] = row_times_operand(row, operands + which[i + q] * stride, whole, rest);
+    for (int q = 0; q < 4; ++q) sums[q] = row_times_operand(row, operands + which[i + q] * stride, 4 * coarse, bits, whole, rest);
     const __m512i low = _mm512_add_epi32(_mm512_unpacklo_epi32(sums[0], sums[1]), _mm512_unpackhi_epi32(sums[0], sums[1]));
     const __m512i high = _mm512_add_epi32(_mm512_unpacklo_epi32(sums[2], sums[3]), _mm512_unpackhi_epi32(sums[2], sums[3]));
     const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
     const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
   }
-  for (; i < count; ++i) out[i] = _mm512_reduce_add_epi32(row_times_operand(row, operands + which[i] * stride, whole, rest));
+  for (; i < count; ++i) out[i] = _mm512_reduce_add_epi32(row_times_operand(row, operands + which[i] * stride, 4 * coarse, bits, whole, rest));
 }
 
 // filter.h, section 5, eight rows at a time and operation by operation: the same integers.

@@ -65,8 +65,12 @@ void scan_rows(const uint8_t* rows, int64_t stride, int64_t count, const int8_t*
   }
 }
 
-void dots(const uint8_t* row, const int8_t* operands, int64_t stride, const int32_t* which, int64_t count, int64_t words, int32_t* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = dot(row, operands + which[i] * stride, 4, words);
+void dots(const uint8_t* row, const int8_t* operands, int64_t stride, const int32_t* which, int64_t count, int64_t words, int64_t coarse,
+          int64_t shift, int32_t* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int8_t* operand = operands + which[i] * stride;
+    out[i] = dot(row, operand, 4, coarse) * (1 << shift) + dot(row + 4 * coarse, operand + 4 * coarse, 4, words - coarse);
+  }
 }
 
 void int8_floors(const double* reach, const int32_t* squared_norms, int64_t count, double residual, int32_t* floors) {

@@ -74,7 +74,8 @@ void BlockSearch::evaluate(int64_t q, int64_t place) {
 // Keys of memory_.left[0 .. count) for query q into memory_.keys: the squared distance of the second codes above the place.
 void BlockSearch::look_up(int64_t q, int64_t count) {
   const RowFilter& second = bank_.second;
-  level().dots(memory_.second_codes + q * 4 * second.words, second.codes, 4 * second.words, memory_.left, count, second.words, memory_.dots);
+  level().dots(memory_.second_codes + q * 4 * second.words, second.codes, 4 * second.words, memory_.left, count, second.words,
+               second.view.coarse_words(), 2 * second.view.coarse_bits, memory_.dots);
   for (int64_t i = 0; i < count; ++i) {
     const int32_t place = memory_.left[i], apart = second_[q].squared_norm + second.offsets[place] - 2 * memory_.dots[i];
     memory_.keys[i] = static_cast<int64_t>(apart) << 32 | place;
