@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 CXX_FILES := $(shell find csrc examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PEERS = $(if $(wildcard build/peers/bin/python),--peers build/peers/bin/python)
+JOBS := $(shell nproc 2>/dev/null || echo 2)
 PYTHON_SOURCES := setup.py patchcore_ext python_tests examples benchmarks tools csrc/tests/simt
 
 .PHONY: help setup demo screenshots test test-core test-python test-peers test-onnx test-aarch64 bench bench-peers bench-pipelines peers gpu-test paper check format sanitize mutations clean
@@ -54,7 +55,7 @@ test: test-core test-python
 test-core: $(VENV)/built
 	cmake -S . -B build/core -G Ninja
 	cmake --build build/core
-	ctest --test-dir build/core --output-on-failure
+	ctest --test-dir build/core --output-on-failure --parallel $(JOBS)
 
 test-python: $(VENV)/demo-material
 	$(BIN)/python -m pytest
@@ -80,7 +81,7 @@ format: $(VENV)/built
 sanitize: $(VENV)/built
 	cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPATCHCORE_SANITIZE=ON
 	cmake --build build/sanitize
-	ctest --test-dir build/sanitize --output-on-failure
+	ctest --test-dir build/sanitize --output-on-failure --parallel $(JOBS)
 
 mutations: $(VENV)/built
 	$(BIN)/python csrc/tests/simt/mutations.py $(if $(ONLY),--only "$(ONLY)")
