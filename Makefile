@@ -65,7 +65,7 @@ test-onnx: $(VENV)/built
 	$(PYTHON) -m venv build/onnx-env
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$(build/onnx-env/bin/python -c "import site; print(site.getsitepackages()[0])")/borrowed.pth
 	build/onnx-env/bin/pip install --quiet onnx onnxscript onnxruntime
-	build/onnx-env/bin/python -m pytest python_tests/test_integrations_onnx.py python_tests/test_recipes_frameworks.py
+	build/onnx-env/bin/python -m pytest python_tests/test_integrations_onnx.py python_tests/test_recipes.py
 
 check: $(VENV)/built
 	$(BIN)/ruff check $(PYTHON_SOURCES)
