@@ -29,6 +29,13 @@ def test_files_named_in_code_style_exist(document: Path) -> None:
         assert any(ROOT.glob(name.rstrip("/"))), f"{document.name} names {name}"
 
 
+def test_files_named_in_the_makefile_exist() -> None:
+    names = re.findall(r"\b(?:csrc|tools|python_tests|examples)/[\w/]+\.\w+", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert len(names) > 5
+    for name in names:
+        assert (ROOT / name).exists(), f"Makefile names {name}"
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples_run(name: str) -> None:
     assert doctest.testmod(importlib.import_module(f"patchcore_ext.{name}")).failed == 0
