@@ -50,11 +50,12 @@ def center_and_prefix(rows: Tensor) -> tuple[Tensor, Tensor]:
     return center, matrix / (bound.sqrt() * (1 + 1e-9))
 
 
-# Lengths of the short prefix, and of what makes it the long one, of which the first is taken that leaves at most such a share of the variance; with the norm
-# of the rest as one more coordinate they are whole cache lines of codes. Measured on 15,680 rows of ResNet18 features: 63 and 190 or 254 are best at D = 384,
-# 1024 and 1536 where maps are put side by side; where neighbourhoods are pooled to 1536, 127 and 510 take less than half the time of these.
+# Lengths of the prefixes, of which the first is taken that leaves at most such a share of the variance; with the norm of the rest as one more coordinate, and
+# the short one's codes padded in the long one, they are whole cache lines of codes. Measured on 15,680 rows of ResNet18 features, when the prefixes were still
+# apart: 63 and 255 are best at D = 384, 1024 and 1536 where maps are put side by side; where neighbourhoods are pooled to 1536, 127 and 511 take less than half
+# the time of these.
 _SHORT, _SHORT_REST = (63, 79, 95, 127), 0.16
-_MORE, _LONG_REST = (127, 191, 319, 447), 0.03
+_LONG, _LONG_REST = (190, 254, 382, 510), 0.03
 _CUDA_LENGTHS = (63, 191)  # csrc/core/cuda/kernels.h
 _PREPARED_ROWS = 1024  # below, the matrix takes more memory than it is worth
 _PREPARED_DIMS = range(192, 8193)
@@ -101,11 +102,10 @@ def center_and_prefixes(bank: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
         matrix = torch.cat([_integer_contraction([part]) for part in (directions[:, :short], directions)])
     else:
         most = 2 * dim // 3
-        directions, rest = _principal_directions(deviations, min(_SHORT[0] + _MORE[1], most))
-        if rest[-1] > _LONG_REST and most > _SHORT[0] + _MORE[1]:
-            directions, rest = _principal_directions(deviations, min(_SHORT[-1] + _MORE[-1], most))
-        short = _shortest(_SHORT, _SHORT_REST, rest)
-        long = _shortest([short + more for more in _MORE], _LONG_REST, rest)
+        directions, rest = _principal_directions(deviations, min(_LONG[1], most))
+        if rest[-1] > _LONG_REST and most > _LONG[1]:
+            directions, rest = _principal_directions(deviations, min(_LONG[-1], most))
+        short, long = _shortest(_SHORT, _SHORT_REST, rest), _shortest(_LONG, _LONG_REST, rest)
         matrix = _integer_contraction([directions[:, :short], directions[:, short:long]])
     order = _neighborly_order(((bank.float() - center.float()) @ directions[:, :_AXES].float()).cpu()).to(bank.device)
     return center, matrix, short, order
