@@ -2,24 +2,28 @@
 
 ``python -m benchmarks.bench_gpu`` needs a CUDA device. Ours is first compared, bit for bit, with the CPU kernels and with plain float64, and what differs is
 reported and not timed; of the others the share of wrong rows is told. Times are medians by CUDA events, with the L2 cache warm from the run before, and cold:
-overwritten in between.
+overwritten in between. Features are real ones where the images and weights are at hand (feature_sets.py, magnetic tiles), else made to be like them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from patchcore_ext import build_info, ops, reference
+from patchcore_ext import CoresetSampler, build_info, ops, reference
 
-from . import gpu_roofs
+from . import feature_sets, gpu_roofs
+from .harness import machine
 
 Row = dict[str, Any]
 Search = Callable[[], Tensor]  # indices [Q]
@@ -37,6 +41,44 @@ def features(rows: int, dim: int, seed: int) -> Tensor:
     chosen = kinds[torch.randint(0, 300, (rows,), generator=generator, device="cuda")]
     mixed = chosen + 0.35 * torch.randn(rows, rank, generator=generator, device="cuda")
     return torch.relu(mixed @ directions + 0.02 * torch.randn(rows, dim, generator=generator, device="cuda"))
+
+
+def is_real() -> bool:
+    """Whether there are real images."""
+    return feature_sets.real_source().startswith("magnetic")
+
+
+def search_set(name: str, dim: int, num_queries: int, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Bank and queries: "gaussian", or patch features, the bank a greedy coreset of them where they are real."""
+    if name == "gaussian":
+        generator = torch.Generator("cuda").manual_seed(4)
+        bank, queries = (torch.randn(rows, dim, generator=generator, device="cuda") for rows in (num_rows, num_queries))
+        return bank, queries
+    if not is_real():
+        return features(num_rows, dim, 1), features(num_queries, dim, 2)
+    paths = feature_sets.patch_paths("real", dim)
+    rows, queries = (torch.from_numpy(np.load(path)).cuda() for path in paths)
+    return rows[CoresetSampler(num_samples=num_rows, progress=False).select(rows).indices], queries[:num_queries].contiguous()
+
+
+def coreset_set(num_rows: int, dim: int) -> Tensor:
+    """Rows to select from."""
+    if not is_real() or dim != feature_sets.DIM:
+        return features(num_rows, dim, 3)
+    return torch.from_numpy(np.load(feature_sets.path_of("real", num_rows))).cuda()
+
+
+def kernel_milliseconds(run: Callable[[], object]) -> dict[str, float]:
+    """Time on the device by kernel, of one call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    times: dict[str, float] = defaultdict(float)
+    for event in profile.key_averages():
+        if event.self_device_time_total > 0:
+            name = re.search(r"(\w+_kernel)\b", event.key)
+            times[name[1] if name else event.key[:40]] += event.self_device_time_total / 1e3
+    return {name: round(ms, 4) for name, ms in sorted(times.items(), key=lambda item: -item[1])}
 
 
 def milliseconds(run: Callable[[], object], repeats: int, cold: bool) -> float:
@@ -99,12 +141,12 @@ SEARCHES: dict[str, Callable[[Tensor, Tensor], Search]] = {
 }
 
 
-def bench_search(num_queries: int, num_rows: int, dim: int, offset: float, repeats: int) -> list[Row]:
+def bench_search(name: str, num_queries: int, num_rows: int, dim: int, offset: float, repeats: int) -> list[Row]:
     """One set of features, by all methods."""
-    bank, queries = features(num_rows, dim, 1) + offset, features(num_queries, dim, 2) + offset
+    bank, queries = (rows + offset for rows in search_set(name, dim, num_queries, num_rows))
     prepared = ops.prepare_bank(bank)
     squared, indices = ops.nearest_neighbors(queries, bank, 1, prepared)
-    case = {"task": "search", "queries": num_queries, "rows": num_rows, "dim": dim, "offset": offset}
+    case = {"task": "search", "set": name, "queries": num_queries, "rows": num_rows, "dim": dim, "offset": offset}
     same = all(torch.equal(a.cpu(), b) for a, b in zip((squared, indices), ops.nearest_neighbors(queries.cpu(), bank.cpu(), 1), strict=True))
     some = slice(None, None, max(1, num_queries // CHECKED_QUERIES))
     expected, expected_rows = reference.nearest_neighbors(queries[some].cpu(), bank.cpu(), 1)
@@ -117,6 +159,7 @@ def bench_search(num_queries: int, num_rows: int, dim: int, offset: float, repea
         row = {**case, "method": method, "wrong": wrong, "ms_warm": milliseconds(run, repeats, False), "ms_cold": milliseconds(run, repeats, True)}
         if method == "ours":
             row["share_of_roof"] = share_of_roof(gpu_roofs.search(num_queries, num_rows, dim), row["ms_warm"])
+            row["kernels_ms"] = kernel_milliseconds(run)
         rows.append(row)
 
     timed("ours", lambda: ops.nearest_neighbors(queries, bank, 1, prepared), 0.0, repeats)
@@ -149,7 +192,7 @@ def torch_greedy(rows: Tensor, picks: int) -> Tensor:
 
 def bench_coreset(num_rows: int, dim: int, picks: int, repeats: int) -> list[Row]:
     """A selection, against the same on the CPU (checked there against the canonical loop) and the plain loop in torch."""
-    rows = features(num_rows, dim, 3)
+    rows = coreset_set(num_rows, dim)
     case = {"task": "coreset", "rows": num_rows, "dim": dim, "picks": picks}
 
     def state(device: str) -> Tensor:
@@ -168,7 +211,7 @@ def bench_coreset(num_rows: int, dim: int, picks: int, repeats: int) -> list[Row
     few = min(picks, 200)
     loop = milliseconds(lambda: torch_greedy(rows, few), 3, False) * picks / few
     return [
-        {**case, "method": "ours", "wrong": 0.0, "ms_warm": warm, "ms_cold": cold, "share_of_roof": share},
+        {**case, "method": "ours", "wrong": 0.0, "ms_warm": warm, "ms_cold": cold, "share_of_roof": share, "kernels_ms": kernel_milliseconds(run)},
         {**case, "method": f"torch loop (from {few} picks)", "ms_warm": loop},
     ]
 
@@ -208,13 +251,17 @@ def main() -> None:
         problems = [device["problem"] for device in info["cuda_devices"]] or [info["cuda_unavailable"]]
         raise SystemExit(f"bench_gpu: needs a CUDA device with kernels: {problems[0]}")
     scale = 16 if arguments.quick else 1
-    results: dict[str, Any] = {"info": info, "limits": limits(), "rows": []}
+    source = feature_sets.real_source() if is_real() else "made"
+    results: dict[str, Any] = {"info": info, "processor": machine(), "features": source, "limits": limits(), "rows": []}
+    patches, bank = feature_sets.QUERY_IMAGES * feature_sets.PATCHES // scale, feature_sets.CORESET_ROWS // scale
     cases: list[Callable[[], list[Row]]] = [
-        lambda: bench_search(25_088 // scale, 16_385 // scale, 1024, 0.0, arguments.repeats),
-        lambda: bench_search(784, 16_385 // scale, 1024, 0.0, arguments.repeats),
-        lambda: bench_search(25_088 // scale, 16_385 // scale, 384, 0.0, arguments.repeats),
-        lambda: bench_search(784, 16_385 // scale, 384, 100.0, arguments.repeats),
-        lambda: bench_coreset(163_856 // scale, 128, 16_385 // scale, max(3, arguments.repeats // 5)),
+        lambda: bench_search("patches", patches, bank, 1024, 0.0, arguments.repeats),
+        lambda: bench_search("patches", feature_sets.PATCHES, bank, 1024, 0.0, arguments.repeats),
+        lambda: bench_search("patches", patches, bank, 384, 0.0, arguments.repeats),
+        lambda: bench_search("patches", feature_sets.PATCHES, bank, 384, 100.0, arguments.repeats),
+        lambda: bench_search("gaussian", patches, bank, 1024, 0.0, arguments.repeats),
+        lambda: bench_coreset(10 * bank, 128, bank, max(3, arguments.repeats // 5)),
+        lambda: bench_coreset(1_000_000 // scale, 128, 10_000 // scale, max(3, arguments.repeats // 5)),
     ]
     failed = False
     for case in cases:

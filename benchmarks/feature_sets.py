@@ -140,6 +140,21 @@ def _save_patches(path: Path, images: list[str], name: str, dim: int) -> None:
     temporary.replace(path)
 
 
+def patch_paths(name: str, dim: int) -> tuple[Path, Path]:
+    """The files ``rows`` and ``queries`` of a real set of ``search_paths``, made when they are not there."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    tag = f"search_{real_source().split()[0]}_{'pooled_' if name == 'pooled' else ''}{dim}"
+    rows, queries = CACHE / f"{tag}.npy", CACHE / f"{tag}_queries.npy"
+    good, test_good, test_bad = _real_paths()
+    if not rows.exists():
+        _save_patches(rows, good[:TRAIN_IMAGES], name, dim)
+    if not queries.exists():
+        half = QUERY_IMAGES // 2
+        pairs = zip(_spread(test_good, half), _spread(test_bad, half), strict=True)
+        _save_patches(queries, [path for pair in pairs for path in pair], name, dim)
+    return rows, queries
+
+
 def search_paths(name: str, dim: int) -> dict[str, str | None]:
     """Files of a set to search in, made when they are not there.
 
@@ -154,15 +169,8 @@ def search_paths(name: str, dim: int) -> dict[str, str | None]:
             if not path.exists():
                 np.save(path, np.random.default_rng(seed).standard_normal((count, dim), dtype=np.float32))
         return {"rows": str(rows), "picks": None, "queries": str(queries)}
-    tag = f"search_{real_source().split()[0]}_{'pooled_' if name == 'pooled' else ''}{dim}"
-    rows, queries, picks = (CACHE / f"{tag}{end}.npy" for end in ("", "_queries", "_picks"))
-    good, test_good, test_bad = _real_paths()
-    if not rows.exists():
-        _save_patches(rows, good[:TRAIN_IMAGES], name, dim)
-    if not queries.exists():
-        half = QUERY_IMAGES // 2
-        pairs = zip(_spread(test_good, half), _spread(test_bad, half), strict=True)
-        _save_patches(queries, [path for pair in pairs for path in pair], name, dim)
+    rows, queries = patch_paths(name, dim)
+    picks = rows.with_name(f"{rows.stem}_picks.npy")
     if not picks.exists():
         from patchcore_ext import CoresetSampler
 

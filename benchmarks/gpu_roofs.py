@@ -36,6 +36,7 @@ class Card:
 
 CARDS = (
     Card("H100 SXM", 0.62 * 1979e12, 33.5e12, 5.5e12, 3.35e12, "int8: 62% of the data sheet's 1979 T, the part that mma.sync reaches without wgmma"),
+    Card("H200", 0.62 * 1979e12, 33.5e12, 5.5e12, 4.8e12, "as H100 SXM, with faster memory"),
     Card("RTX 4090", 661e12, 1.29e12, 5.0e12, 1.008e12, "data sheet, dense"),
     Card("T4", 0.8 * 130e12, 0.254e12, 1.2e12, 0.32e12, "int8: 80% of the data sheet's 130 T, what its power limit leaves"),
 )

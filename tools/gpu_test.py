@@ -10,7 +10,9 @@ status: 0 when every step passed, 1 when some did not, 3 when there is no GPU an
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import datetime
+import functools
 import json
 import os
 import platform
@@ -18,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -64,6 +67,7 @@ class Session:
     versions: dict[str, object]
     toolkit: Toolkit | None
     results: list[Result] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def capability(self) -> str | None:
@@ -94,11 +98,18 @@ class Session:
             output, _ = process.communicate()
             result.status, result.detail = "timed out", f"after {limit:.0f} s: {last_line(output)}"
         result.seconds = round(time.monotonic() - began, 1)
-        with (self.folder / "log.txt").open("a", encoding="utf-8") as log:
-            log.write(f"==== {step}: {' '.join(text)}\n{output}\n==== {step}: {result.status} after {result.seconds} s\n\n")
-        print(f"    {result.status} after {result.seconds} s {result.detail}", flush=True)
-        self.save()
+        with self.lock:
+            with (self.folder / "log.txt").open("a", encoding="utf-8") as log:
+                log.write(f"==== {step}: {' '.join(text)}\n{output}\n==== {step}: {result.status} after {result.seconds} s\n\n")
+            print(f"    {step}: {result.status} after {result.seconds} s {result.detail}", flush=True)
+            self.save()
         return result.status == "ok"
+
+    def together(self, *steps: Callable[[], object]) -> None:
+        """Runs steps that nobody times side by side, as the cores permit."""
+        with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+            for future in [pool.submit(step) for step in steps]:
+                future.result()
 
     def missing(self, step: str, why: str) -> None:
         """Notes a step that cannot be run."""
@@ -133,19 +144,27 @@ def build_library(session: Session) -> None:
     session.command("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 300, PATCHCORE_EXT_CUDA="1", **archs)
 
 
-def cpp_tests(session: Session) -> None:
-    """The C++ tests of the kernels on the GPU; without one by the SIMT runner, and compiled for a GPU all the same."""
-    arch = session.capability or "9.0"
+def build_cpp_tests(session: Session) -> None:
+    """The C++ tests of the kernels for a GPU; without one for the SIMT runner too."""
     build = [sys.executable, "tools/gpu_programs.py"]
-    if not session.command("compile C++ tests for a GPU", [*build, "gpu", PROGRAMS / "gpu", arch], 150):
-        return
-    if session.capability is not None:
-        for program in sorted(path for path in (PROGRAMS / "gpu").iterdir() if path.suffix == ""):
-            session.command(f"C++ {program.name} on the GPU", [program], 60)
-        return
-    if session.command("compile C++ tests for the SIMT runner", [*build, "simt", PROGRAMS / "simt"], 150):
-        for program in sorted(path for path in (PROGRAMS / "simt").iterdir() if path.suffix == ""):
-            session.command(f"C++ {program.name} by the SIMT runner", [program], 200)
+    session.command("compile C++ tests for a GPU", [*build, "gpu", PROGRAMS / "gpu", session.capability or "9.0"], 150)
+    if session.capability is None:
+        session.command("compile C++ tests for the SIMT runner", [*build, "simt", PROGRAMS / "simt"], 150)
+
+
+def build_all(session: Session) -> None:
+    """Everything that is compiled."""
+    session.together(lambda: build_library(session), lambda: build_cpp_tests(session))
+
+
+def cpp_tests(session: Session) -> None:
+    """The C++ tests of the kernels on the GPU; without one by the SIMT runner."""
+    kind, where, limit = ("simt", "by the SIMT runner", 200) if session.capability is None else ("gpu", "on the GPU", 60)
+    programs = sorted(path for path in (PROGRAMS / kind).glob("test_*") if path.suffix == "")
+    if not programs:
+        session.missing(f"C++ tests {where}", "they were not compiled")
+    for program in programs:
+        session.command(f"C++ {program.name} {where}", [program], limit)
 
 
 def sass_report(session: Session) -> None:
@@ -154,41 +173,54 @@ def sass_report(session: Session) -> None:
     session.command("machine code", [sys.executable, "tools/sass.py", "--archs", *archs], 60)
 
 
+def workers() -> list[str]:
+    """The option for several processes, where pytest-xdist is installed."""
+    found = subprocess.run([sys.executable, "-c", "import xdist"], capture_output=True, check=False).returncode == 0
+    return ["-n", str(max(1, 3 * (os.cpu_count() or 1) // 4))] if found else []
+
+
 def device_tests(session: Session) -> None:
     """The Python tests of what runs on a GPU."""
     files = [f"python_tests/{name}.py" for name in DEVICE_TESTS if (ROOT / "python_tests" / f"{name}.py").exists()]
-    session.command("pytest on the GPU", [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files], 120, PATCHCORE_EXT_TEST_DEVICE="cuda")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers(), *files]
+    session.command("pytest on the GPU", command, 120, PATCHCORE_EXT_TEST_DEVICE="cuda", OMP_NUM_THREADS="2")
+
+
+def checks(session: Session) -> None:
+    """What needs no quiet machine."""
+    on_device = [] if session.capability is None else [lambda: device_tests(session)]
+    session.together(lambda: cpp_tests(session), lambda: sass_report(session), *on_device)
 
 
 def benchmarks(session: Session) -> None:
     """Times against other libraries and against the machine's limits."""
-    session.command("benchmark", [sys.executable, "-m", "benchmarks.bench_gpu", "--output", session.folder / "bench_gpu.json"], 100)
+    session.command("benchmark", [sys.executable, "-m", "benchmarks.bench_gpu", "--output", session.folder / "bench_gpu.json"], 150)
 
 
 def sanitizers(session: Session) -> None:
     """compute-sanitizer over the C++ tests on the GPU."""
     program = find_program("compute-sanitizer", session.toolkit)
+    if program is None:
+        session.missing("sanitizers", "compute-sanitizer was not found; it comes with the CUDA toolkit")
+        return
+    steps: list[Callable[[], object]] = []
     for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
-        if program is None:
-            session.missing(f"sanitizer {tool}", "compute-sanitizer was not found; it comes with the CUDA toolkit")
-            continue
         unwritten = {"PATCHCORE_GPU_UNWRITTEN": "1"} if tool == "initcheck" else {}
         for test, names in SANITIZED.items():
             command: list[object] = [program, "--tool", tool, "--error-exitcode", "9", PROGRAMS / "gpu" / test, *names]
-            session.command(f"sanitizer {tool} {test}", command, 25, **unwritten)
+            steps.append(functools.partial(session.command, f"sanitizer {tool} {test}", command, 90, **unwritten))
+    session.together(*steps)
 
 
 def other_tests(session: Session) -> None:
     """The rest of the Python tests."""
     files = sorted(f"python_tests/{path.name}" for path in (ROOT / "python_tests").glob("test_*.py") if path.stem not in DEVICE_TESTS)
-    workers = ["-n", "8"] if subprocess.run([sys.executable, "-c", "import xdist"], capture_output=True, check=False).returncode == 0 else []
-    session.command("pytest, the rest", [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, *files], 150)
+    session.command("pytest, the rest", [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers(), *files], 150, OMP_NUM_THREADS="2")
 
 
-WITHOUT_GPU: dict[str, Callable[[Session], None]] = {"build": build_library, "cpp": cpp_tests, "sass": sass_report}
+WITHOUT_GPU: dict[str, Callable[[Session], None]] = {"build": build_all, "checks": checks}
 STEPS: dict[str, Callable[[Session], None]] = {
     **WITHOUT_GPU,
-    "pytest": device_tests,
     "bench": benchmarks,
     "sanitizers": sanitizers,
     "rest": other_tests,

@@ -39,18 +39,20 @@ enum CandidateState : uint8_t { kOpen, kBlocked, kSafe, kTaken, kOut };
 struct Chain {
   unsigned long long* keys;  // [candidates]
   int32_t* rows;             // [candidates]
+  uint32_t* blocked;         // [candidates / 32] bits
   int32_t* counters;         // [2]: open candidates are left; accepted
   uint16_t* accepted;        // [candidates] places
   uint8_t* states;           // [candidates]
 };
 
-constexpr int chain_bytes(int candidates) { return candidates * (8 + 4 + 2 + 1) + 16; }  // 4096: less than the 64 KiB of sm_75
+constexpr int chain_bytes(int candidates) { return candidates * (8 + 4 + 2 + 1) + candidates / 8 + 16; }  // 4096: less than the 64 KiB of sm_75
 
 __device__ __forceinline__ Chain chain_at(char* shared, int candidates) {
   Chain chain;
   chain.keys = reinterpret_cast<unsigned long long*>(shared);
   chain.rows = reinterpret_cast<int32_t*>(chain.keys + candidates);
-  chain.counters = chain.rows + candidates;
+  chain.blocked = reinterpret_cast<uint32_t*>(chain.rows + candidates);
+  chain.counters = reinterpret_cast<int32_t*>(chain.blocked + candidates / 32);
   chain.accepted = reinterpret_cast<uint16_t*>(chain.counters + 4);
   chain.states = reinterpret_cast<uint8_t*>(chain.accepted + candidates);
   return chain;
@@ -68,6 +70,7 @@ __device__ __forceinline__ void load_chain(const Chain& chain, const double* key
     chain.rows[i] = rows[i];
     chain.states[i] = kOpen;
   }
+  for (int i = static_cast<int>(threadIdx.x); i < (count + 31) / 32; i += kChainThreads) chain.blocked[i] = 0;
   if (threadIdx.x < 2) chain.counters[threadIdx.x] = 0;
   __syncthreads();
 }
@@ -81,10 +84,13 @@ __device__ __forceinline__ int list_accepted(const Chain& chain, int count) {
   return chain.counters[1];
 }
 
-__device__ __forceinline__ int run_chain(const Chain& chain, int count, double excluded, int32_t excluded_row, const Edge* edges, int num_edges) {
+// A thread keeps those of its edges, every kChainThreads-th, that can still change something (6): between two open ones, and below the key of the
+// later one. They move up among its own, so that nobody else's are overwritten.
+__device__ __forceinline__ int run_chain(const Chain& chain, int count, double excluded, int32_t excluded_row, Edge* edges, int num_edges) {
   const int thread = static_cast<int>(threadIdx.x);
   // A picked row's mark, -1, says that there is none outside: 0 with no row, which everything comes before.
   const unsigned long long limit = excluded < 0 ? 0 : bits_of(excluded);
+  int end = num_edges;  // of this thread's edges
   for (;;) {
     for (int i = thread; i < count; i += kChainThreads) {
       if (chain.states[i] == kSafe) chain.states[i] = kTaken;
@@ -96,20 +102,26 @@ __device__ __forceinline__ int run_chain(const Chain& chain, int count, double e
     __syncthreads();
     const bool open = chain.counters[0] != 0;
     if (!open) break;  // in all threads alike
-    for (int e = thread; e < num_edges; e += kChainThreads) {
+    int kept = thread;
+    for (int e = thread; e < end; e += kChainThreads) {
       const Edge edge = edges[e];
-      if (chain.states[edge.i] > kBlocked || chain.states[edge.j] > kBlocked) continue;
+      if (chain.states[edge.i] != kOpen || chain.states[edge.j] != kOpen) continue;
       const bool first = before(chain.keys[edge.i], chain.rows[edge.i], chain.keys[edge.j], chain.rows[edge.j]);
       const int later = first ? edge.j : edge.i;
-      if (bits_of(edge.distance) < chain.keys[later]) chain.states[later] = kBlocked;
+      if (!(bits_of(edge.distance) < chain.keys[later])) continue;
+      atomicOr(&chain.blocked[later / 32], 1u << (later % 32));
+      edges[kept] = edge;
+      kept += kChainThreads;
     }
+    end = kept;
     __syncthreads();
     if (thread == 0) chain.counters[0] = 0;
     for (int i = thread; i < count; i += kChainThreads) {
-      if (chain.states[i] == kOpen) chain.states[i] = kSafe;
+      if (chain.states[i] == kOpen) chain.states[i] = (chain.blocked[i / 32] >> (i % 32) & 1) != 0 ? kBlocked : kSafe;
     }
     __syncthreads();
-    for (int e = thread; e < num_edges; e += kChainThreads) {
+    for (int i = thread; i < (count + 31) / 32; i += kChainThreads) chain.blocked[i] = 0;
+    for (int e = thread; e < end; e += kChainThreads) {
       const Edge edge = edges[e];
       const bool picks_i = chain.states[edge.i] == kSafe && chain.states[edge.j] == kBlocked;
       const bool picks_j = chain.states[edge.j] == kSafe && chain.states[edge.i] == kBlocked;

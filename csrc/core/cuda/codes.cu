@@ -22,6 +22,19 @@ struct Word {
   __device__ void store(int8_t* at) const { *reinterpret_cast<uint32_t*>(at) = bits; }
 };
 
+// Four coordinates, loaded at once where they lie well.
+template <class T>
+struct alignas(4 * sizeof(T)) Four {
+  T values[4];
+  __device__ Four(const T* x, int64_t j, int64_t dim, bool aligned) {
+    if (aligned && j + 4 <= dim) {
+      *this = *reinterpret_cast<const Four*>(x + j);
+    } else {
+      for (int e = 0; e < 4; ++e) values[e] = x[j + e < dim ? j + e : j];
+    }
+  }
+};
+
 // What a lane sums up over its part of a row's coordinates.
 struct RowSums {
   int32_t norm = 0;
@@ -34,10 +47,14 @@ template <class T>
 __device__ __forceinline__ RowSums encode_row(const T* x, int64_t dim, const Encoding& encoding, int8_t* codes, int64_t depth, int8_t* planes) {
   RowSums sums;
   const double scale = encoding.scales->full.scale, step_scale = encoding.scales->step_scale, most = largest_plane_step(dim);
+  const bool aligned = reinterpret_cast<uintptr_t>(x) % alignof(Four<T>) == 0;
   for (int64_t j = 4 * lane_of_thread(); j < depth; j += 4 * kWarp) {
     Word full, high, low;
-    for (int e = 0; e < 4 && j + e < dim; ++e) {
-      const double value = static_cast<double>(widen(x[j + e])), center = encoding.center[j + e];
+    const Four<T> four(x, j < dim ? j : 0, dim, aligned);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (j + e >= dim) break;
+      const double value = static_cast<double>(widen(four.values[e])), center = encoding.center[j + e];
       sums.finite = sums.finite && subtract(value, value) == 0;
       const Int8Code code = int8_code(scaled_coordinate(value, center, scale));
       full.set(e, code.code);
@@ -90,8 +107,8 @@ __global__ void __launch_bounds__(kBlockThreads) encode_rows_kernel(const Rows r
 
 // products[r][o] = sum_j step[r][j] matrix[o][j], exact modulo 2^32 (and the sum fits: filter.h, section 8). With s = 2^7 s1 + s0 and m = 2^7 m1 + m0
 // the sum is ((s1 m1) 2^7 + s1 m0 + s0 m1) 2^7 + s0 m0: four int8 products one after the other in the same accumulators, which are shifted between.
-// A block computes 128 rows x 64 outputs, a warp 32 x 32.
-constexpr int kContractRows = 128, kContractOutputs = 64, kContractStages = 3, kPlaneChunk = 64;
+// A block computes 128 rows x 128 outputs, a warp 32 x 64.
+constexpr int kContractRows = 128, kContractOutputs = 128, kContractStages = 3, kPlaneChunk = 64;
 constexpr int kContractBytes = kContractStages * (kContractRows + kContractOutputs) * kPlaneChunk;
 
 __device__ __forceinline__ int swizzled_line(int row, int unit) { return row * kPlaneChunk + ((unit ^ (row >> 1 & 3)) << 4); }  // as in tile_scan.cuh
@@ -99,7 +116,7 @@ __device__ __forceinline__ int swizzled_line(int row, int unit) { return row * k
 __global__ void __launch_bounds__(kBlockThreads, 2) contract_kernel(const int8_t* steps, const int8_t* matrix, int64_t depth, int32_t* products) {
   PATCHCORE_DYNAMIC_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x), lane = lane_of_thread();
-  const int warp_row = warp_of_thread() / 2 * 32, warp_output = warp_of_thread() % 2 * 32;
+  const int warp_row = warp_of_thread() / 2 * 32, warp_output = warp_of_thread() % 2 * 64;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kContractRows, output = static_cast<int64_t>(blockIdx.y) * kContractOutputs;
   const int chunks = static_cast<int>(depth / kPlaneChunk), total = 4 * chunks;
   const auto load = [&](int step) {
@@ -113,41 +130,44 @@ __global__ void __launch_bounds__(kBlockThreads, 2) contract_kernel(const int8_t
       cp_async16(to_a + swizzled_line(line, unit), from_a + line * 2 * depth + unit * 16);
       cp_async16(to_a + swizzled_line(line + 64, unit), from_a + (line + 64) * 2 * depth + unit * 16);
       cp_async16(to_b + swizzled_line(line, unit), from_b + line * 2 * depth + unit * 16);
+      cp_async16(to_b + swizzled_line(line + 64, unit), from_b + (line + 64) * 2 * depth + unit * 16);
     }
     cp_async_commit();
   };
   for (int s = 0; s < kContractStages - 1; ++s) load(s);
-  int sums[2][4][4] = {};
+  int sums[2][8][4] = {};
   for (int step = 0; step < total; ++step) {
     cp_async_wait<kContractStages - 2>();
     __syncthreads();
     load(step + kContractStages - 1);
     if (step == chunks || step == 3 * chunks) {
 #pragma unroll
-      for (int i = 0; i < 32; ++i)
-        sums[i / 16][i / 4 % 4][i % 4] = static_cast<int>(static_cast<uint32_t>(sums[i / 16][i / 4 % 4][i % 4]) << kPlaneBits);
+      for (int i = 0; i < 64; ++i)
+        sums[i / 32][i / 4 % 8][i % 4] = static_cast<int>(static_cast<uint32_t>(sums[i / 32][i / 4 % 8][i % 4]) << kPlaneBits);
     }
     const char* a = shared + step % kContractStages * (kContractRows + kContractOutputs) * kPlaneChunk;
     const char* b = a + kContractRows * kPlaneChunk;
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      uint32_t row_codes[2][4], output_codes[2][4];
+      uint32_t row_codes[2][4];
 #pragma unroll
       for (int m = 0; m < 2; ++m) ldmatrix_x4(row_codes[m], a + swizzled_line(warp_row + m * 16 + lane % 16, k * 2 + lane / 16));
 #pragma unroll
-      for (int n = 0; n < 2; ++n)
-        ldmatrix_x4(output_codes[n], b + swizzled_line(warp_output + n * 16 + lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2));
+      for (int n = 0; n < 4; ++n) {
+        uint32_t output_codes[4];
+        ldmatrix_x4(output_codes, b + swizzled_line(warp_output + n * 16 + lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2));
 #pragma unroll
-      for (int m = 0; m < 2; ++m)
+        for (int e = 0; e < 2; ++e)
 #pragma unroll
-        for (int n = 0; n < 4; ++n) mma_s8(sums[m][n], row_codes[m], output_codes[n / 2][n % 2 * 2], output_codes[n / 2][n % 2 * 2 + 1], sums[m][n]);
+          for (int m = 0; m < 2; ++m) mma_s8(sums[m][2 * n + e], row_codes[m], output_codes[2 * e], output_codes[2 * e + 1], sums[m][2 * n + e]);
+      }
     }
   }
   cp_async_wait<0>();
 #pragma unroll
   for (int m = 0; m < 2; ++m)
 #pragma unroll
-    for (int n = 0; n < 4; ++n)
+    for (int n = 0; n < 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int64_t r = row + warp_row + m * 16 + i / 2 * 8 + lane / 4;
@@ -350,6 +370,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 }
 
 cudaError_t contract(const StepRows& steps, int64_t count, int64_t depth, const int8_t* matrix, cudaStream_t stream) {
+  PATCHCORE_CUDA_TRY(cudaFuncSetAttribute(contract_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kContractBytes));
   const dim3 grid(static_cast<unsigned>(padded_rows(count) / kContractRows), kProductColumns / kContractOutputs);
   PATCHCORE_LAUNCH((contract_kernel), grid, dim3(kBlockThreads), kContractBytes, stream, steps.planes, matrix, depth, steps.products);
   return cudaGetLastError();
@@ -397,6 +418,7 @@ cudaError_t choose_scales(const Rows& rows, const Encoding& encoding, const Step
   sampled.count = count;
   sampled.stride = rows.stride * sample_step(rows.count);
   const dim3 grid(static_cast<unsigned>(blocks_of(padded_rows(count), kWarpsOfBlock)));
+  PATCHCORE_CUDA_TRY(cudaMemsetAsync(full.tile_residuals, 0, static_cast<size_t>(padded_rows(count) / 128) * sizeof(float), stream));
   PATCHCORE_LAUNCH((encode_rows_kernel), grid, dim3(kBlockThreads), 0, stream, sampled, nullptr, count, encoding, steps, full, flags);
   PATCHCORE_CUDA_TRY(cudaGetLastError());
   PATCHCORE_CUDA_TRY(contract(steps, count, full.depth, encoding.matrix, stream));

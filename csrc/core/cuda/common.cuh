@@ -92,6 +92,7 @@ __device__ __forceinline__ void with_row(const Rows& rows, int64_t row, F&& use)
 template <class A, class B>
 __device__ __forceinline__ double half_warp_distance(const A* a, const B* b, int64_t dim) {
   double sum = 0;
+#pragma unroll 8  // the loads need not wait for the sum
   for (int64_t j = lane_of_thread() % kLanes; j < dim; j += kLanes) {
     const double difference = subtract(static_cast<double>(widen(a[j])), static_cast<double>(widen(b[j])));
     sum = add(sum, multiply(difference, difference));

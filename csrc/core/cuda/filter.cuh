@@ -1,10 +1,11 @@
 // The certified filter: which pairs of rows of A and rows of B can a decision depend on? (filter.h has the proofs of all bounds.)
 //
 // A block scans the tiles of its share of B for its 128 rows of A (tile_scan.cuh). A pair whose integer product reaches its row's floor survives, as
-// a bit in shared memory: a fixed size, so nothing can overflow. Every kGroup tiles, and at the end, the survivors are looked at: a warp owns a row,
-// its two halves take a survivor each. Where the first comparison was by a prefix, the codes of all coordinates are compared next; what is left gets
-// its canonical distance, and the policy decides. A row's state has one owner at any time, so there are no atomics on distances, and results do not
-// depend on the order of blocks, warps or tiles.
+// a bit in shared memory: a fixed size, so nothing can overflow. Every kGroup tiles, and at the end, the survivors are looked at: a warp owns 16 rows
+// and puts their survivors into a queue, to look at many of them at once: memory answers late, and one after the other would wait for it each time.
+// Where the first comparison was by a prefix, the codes of all coordinates are compared next; what is left gets its canonical distance, and the
+// policy decides. A row's state has one owner at any time, so there are no atomics on distances, and results do not depend on the order of blocks,
+// warps or tiles.
 //
 // A policy is what the survivors are for:
 //   kStrict                                   whether only smaller distances count (update_reach) or equal ones too (search_reach)
@@ -53,23 +54,27 @@ struct FilterArguments {
   unsigned long long* canonical;  // counts canonical distances, for tests and benchmarks; may be null
 };
 
+constexpr int kQueue = 64;  // survivors that a warp looks at together
+
 // Shared memory of the filter behind that of the scan.
 struct RowState {
   double* keys;         // [kTileRows]
   int32_t* floors;      // [kTileRows]
   uint32_t* survivors;  // [kTileRows, kGroupWords]
+  uint16_t* queues;     // [warps, kQueue]
   int32_t* any;
   float* tile_residual;  // the largest residual of the block's share of B
 };
 
-constexpr int kRowStateBytes = kTileRows * (8 + 4 + 4 * kGroupWords) + 16;
+constexpr int kRowStateBytes = kTileRows * (8 + 4 + 4 * kGroupWords) + kThreads / kWarp * kQueue * 2 + 16;
 
 __device__ __forceinline__ RowState row_state_at(char* shared) {
   RowState state;
   state.keys = reinterpret_cast<double*>(shared);
   state.floors = reinterpret_cast<int32_t*>(state.keys + kTileRows);
   state.survivors = reinterpret_cast<uint32_t*>(state.floors + kTileRows);
-  state.any = reinterpret_cast<int32_t*>(state.survivors + kTileRows * kGroupWords);
+  state.queues = reinterpret_cast<uint16_t*>(state.survivors + kTileRows * kGroupWords);
+  state.any = reinterpret_cast<int32_t*>(state.queues + kThreads / kWarp * kQueue);
   state.tile_residual = reinterpret_cast<float*>(state.any + 1);
   return state;
 }
@@ -89,18 +94,84 @@ __device__ __forceinline__ int32_t floor_of(double key, float residual, int32_t 
   return int8_floor(norm, int8_skip_limit(reach_of<kStrict>(key, residual, per_unit, slack), tile_residual));
 }
 
-// The dot product of two rows of codes by 16 lanes, 16 bytes at a time; all 16 get it. All 32 lanes must call.
-__device__ __forceinline__ int32_t half_warp_dot(const int8_t* a, const int8_t* b, int64_t depth) {
+// The dot product of two rows of codes, of a depth that is a multiple of 64, by four lanes, 16 bytes at a time; all four get it. All 32 lanes call.
+constexpr int kLanesOfDot = 4;
+__device__ __forceinline__ int32_t quarter_dot(const int8_t* a, const int8_t* b, int64_t depth) {
   int32_t dot = 0;
-  for (int64_t j = lane_of_thread() % kLanes * 16; j < depth; j += kLanes * 16) {
+#pragma unroll 4
+  for (int64_t j = lane_of_thread() % kLanesOfDot * 16; j < depth; j += kLanesOfDot * 16) {
     const int4 x = *reinterpret_cast<const int4*>(a + j), y = *reinterpret_cast<const int4*>(b + j);
     dot = __dp4a(x.x, y.x, dot);
     dot = __dp4a(x.y, y.y, dot);
     dot = __dp4a(x.z, y.z, dot);
     dot = __dp4a(x.w, y.w, dot);
   }
-  for (int width = kLanes / 2; width > 0; width /= 2) dot += __shfl_xor_sync(kAllLanes, dot, width, kLanes);
+  for (int width = kLanesOfDot / 2; width > 0; width /= 2) dot += __shfl_xor_sync(kAllLanes, dot, width, kLanesOfDot);
   return dot;
+}
+
+// A survivor on its way through a warp: its row among the warp's, and its place in the group of tiles.
+constexpr int kRowsOfWarp = kTileRows / (kThreads / kWarp);
+static_assert(kRowsOfWarp * kGroup * kTileColumns <= 1 << 16 && kGroupWords <= kQueue / 2);
+
+struct Survivor {
+  int r;          // row of the block
+  int64_t row;    // of A
+  int64_t place;  // of B
+  __device__ Survivor(uint16_t entry, int tile)
+      : r(entry / (kGroup * kTileColumns) * (kThreads / kWarp) + warp_of_thread()),
+        row(static_cast<int64_t>(blockIdx.x) * kTileRows + r),
+        place(static_cast<int64_t>(tile) * kTileColumns + entry % (kGroup * kTileColumns)) {}
+};
+
+// Keeps queue[0 .. count) where keep(survivor) says so, in their order; returns how many are left. kWidth lanes ask about the same one; all 32 call.
+template <int kWidth, class Keep>
+__device__ __forceinline__ int keep_survivors(uint16_t* queue, int count, int tile, Keep&& keep) {
+  const int lane = lane_of_thread();
+  int kept = 0;
+  for (int begin = 0; begin < count; begin += kWarp / kWidth) {
+    const int at = begin + lane / kWidth;
+    const uint16_t entry = queue[at < count ? at : begin];
+    const bool alive = keep(Survivor(entry, tile)) && at < count && lane % kWidth == 0;
+    const uint32_t votes = __ballot_sync(kAllLanes, alive);
+    __syncwarp();  // all have read
+    if (alive) queue[kept + __popc(votes & ((1u << lane) - 1))] = entry;
+    kept += __popc(votes);
+    __syncwarp();
+  }
+  return kept;
+}
+
+// Looks at queue[0 .. count): first whether the policy wants them, 32 at a time, then at all their codes, eight at a time, then at the distances.
+template <class Policy>
+__device__ __forceinline__ void look_at_queue(const FilterArguments& p, const Policy& policy, const RowState& state, uint16_t* queue, int count,
+                                              int tile) {
+  __syncwarp();  // the queue is written
+  count = keep_survivors<1>(queue, count, tile, [&](const Survivor& s) { return policy.wants(s.row, s.place); });
+  if (p.a.full.depth > 0) {
+    count = keep_survivors<kLanesOfDot>(queue, count, tile, [&](const Survivor& s) {
+      const int32_t dot = quarter_dot(p.a.full.codes + s.row * p.a.full.depth, p.b.full.codes + s.place * p.b.full.depth, p.a.full.depth);
+      const double reach = reach_of<Policy::kStrict>(state.keys[s.r], p.a.full.residuals[s.row], *p.full_per_unit, p.slack);
+      return int8_survives(p.a.full.norms[s.row], p.b.full.norms[s.place], dot, int8_skip_limit(reach, p.b.full.residuals[s.place]));
+    });
+  }
+  const int half = lane_of_thread() / kLanes;
+  for (int at = 0; at < count; at += 2) {
+    const Survivor own(queue[at + half < count ? at + half : at], tile);
+    const int32_t other = p.b.row_of(own.place);
+    const double distance = half_warp_distance(p.a.rows, p.a.row_of(own.row), p.b.rows, other);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (at + h >= count) continue;
+      const Survivor offered(queue[at + h], tile);
+      const double key = policy.offer(offered.row, state.keys[offered.r], static_cast<int32_t>(offered.place),
+                                      __shfl_sync(kAllLanes, other, h * kLanes), __shfl_sync(kAllLanes, distance, h * kLanes));
+      __syncwarp();  // all have read the key
+      if (lane_of_thread() == 0) state.keys[offered.r] = key;
+      __syncwarp();
+    }
+  }
+  if (p.canonical != nullptr && lane_of_thread() == 0) atomicAdd(p.canonical, static_cast<unsigned long long>(count));
 }
 
 // Looks at the survivors of a group of kGroup tiles, which begins at tile `tile` of B. Not inlined: the sums of the scan are
@@ -108,57 +179,35 @@ __device__ __forceinline__ int32_t half_warp_dot(const int8_t* a, const int8_t* 
 template <class Policy>
 __device__ __noinline__ void look_at_survivors(const FilterArguments& p, const Policy& policy, char* shared, int tile) {
   const RowState state = row_state_at(shared);
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTileRows;
-  const int lane = lane_of_thread(), half = lane / kLanes;
-  const bool second = p.a.full.depth > 0;
-  for (int r = warp_of_thread(); r < kTileRows; r += kThreads / kWarp) {
-    uint32_t* words = state.survivors + r * kGroupWords;
-    const uint32_t own = lane < kGroupWords ? words[lane] : 0;
-    uint32_t live = __ballot_sync(kAllLanes, own != 0);
-    if (live == 0) continue;
+  const int lane = lane_of_thread();
+  uint16_t* queue = state.queues + warp_of_thread() * kQueue;
+  // Lane l < 16 watches over the warp's row l.
+  const int watched = lane % kRowsOfWarp * (kThreads / kWarp) + warp_of_thread();
+  const double key_before = state.keys[watched];
+  __syncwarp();
+  int count = 0;
+  for (int i = 0; i < kRowsOfWarp; ++i) {
+    uint32_t* words = state.survivors + (i * (kThreads / kWarp) + warp_of_thread()) * kGroupWords;
+    uint32_t own = lane < kGroupWords ? words[lane] : 0;
     if (own != 0) words[lane] = 0;
-    const int64_t row = first_row + r;
-    double key = state.keys[r];
-    double reach = second ? reach_of<Policy::kStrict>(key, p.a.full.residuals[row], *p.full_per_unit, p.slack) : 0;
-    unsigned long long canonical = 0;
-    for (; live != 0; live &= live - 1) {
-      const int w = __ffs(static_cast<int>(live)) - 1;
-      uint32_t bits = __shfl_sync(kAllLanes, own, w);
-      while (bits != 0) {
-        const int bit0 = __ffs(static_cast<int>(bits)) - 1;
-        bits &= bits - 1;
-        const bool two = bits != 0;
-        const int bit1 = two ? __ffs(static_cast<int>(bits)) - 1 : bit0;
-        bits &= bits - 1;  // of 0: stays 0
-        const int64_t place = static_cast<int64_t>(tile) * kTileColumns + w * 32 + (half == 0 ? bit0 : bit1);
-        bool alive = (half == 0 || two) && policy.wants(row, place);
-        if (second) {
-          const int32_t dot = half_warp_dot(p.a.full.codes + row * p.a.full.depth, p.b.full.codes + place * p.b.full.depth, p.a.full.depth);
-          alive = alive && int8_survives(p.a.full.norms[row], p.b.full.norms[place], dot, int8_skip_limit(reach, p.b.full.residuals[place]));
-        }
-        const uint32_t votes = __ballot_sync(kAllLanes, alive);
-        if (votes == 0) continue;
-        const int32_t other = p.b.row_of(place);
-        const double distance = half_warp_distance(p.a.rows, p.a.row_of(row), p.b.rows, other);
-        const double before = key;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          if ((votes >> (h * kLanes) & 1) == 0) continue;
-          ++canonical;
-          key = policy.offer(row, key, __shfl_sync(kAllLanes, static_cast<int32_t>(place), h * kLanes), __shfl_sync(kAllLanes, other, h * kLanes),
-                             __shfl_sync(kAllLanes, distance, h * kLanes));
-        }
-        if (second && key != before) reach = reach_of<Policy::kStrict>(key, p.a.full.residuals[row], *p.full_per_unit, p.slack);
+    for (uint32_t votes; (votes = __ballot_sync(kAllLanes, own != 0)) != 0;) {
+      if (own != 0) {
+        const int bit = __ffs(static_cast<int>(own)) - 1;
+        queue[count + __popc(votes & ((1u << lane) - 1))] = static_cast<uint16_t>(i * kGroup * kTileColumns + lane * 32 + bit);
+        own &= own - 1;
       }
+      count += __popc(votes);
+      if (count <= kQueue - kGroupWords) continue;
+      look_at_queue(p, policy, state, queue, count, tile);
+      count = 0;
     }
-    if (lane != 0) continue;
-    if (key != state.keys[r]) {
-      state.keys[r] = key;
-      state.floors[r] =
-          floor_of<Policy::kStrict>(key, p.a.first.residuals[row], p.a.first.norms[row], *state.tile_residual, *p.first_per_unit, p.slack);
-    }
-    if (p.canonical != nullptr) atomicAdd(p.canonical, canonical);
   }
+  if (count > 0) look_at_queue(p, policy, state, queue, count, tile);
+  const double key = state.keys[watched];
+  if (lane >= kRowsOfWarp || key == key_before) return;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kTileRows + watched;
+  state.floors[watched] =
+      floor_of<Policy::kStrict>(key, p.a.first.residuals[row], p.a.first.norms[row], *state.tile_residual, *p.first_per_unit, p.slack);
 }
 
 // The block's share of B's tiles.

@@ -52,47 +52,62 @@ __device__ __forceinline__ unsigned long long near_code(int sum, int64_t place) 
   return static_cast<unsigned long long>(static_cast<uint32_t>(sum) ^ 0x80000000u) << 32 | static_cast<uint32_t>(place);
 }
 
-// The bank row with the largest a . b - n_b / 2 by codes, that is the nearest one, in each share of the bank.
+// The bank row with the largest a . b - n_b / 2 by codes, that is the nearest one, in each share of the bank; nearly so: of a sum its last four bits
+// give way to the number of the thread's column, so that one maximum a pair finds both.
 template <class S>
-__global__ void __launch_bounds__(kThreads, kBlocks) near_codes_kernel(const ScanOperands operands, int64_t num_places, int64_t chunk,
-                                                                       int tiles_per_split, int tile_step, unsigned long long* near_codes) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    near_codes_kernel(const ScanOperands operands, int64_t num_places, int64_t chunk, int tiles_per_split, int tile_step, const Evidence evidence,
+                      unsigned long long* near_codes) {
   PATCHCORE_DYNAMIC_SHARED(shared);
+  static_assert(S::kColumnSteps * 2 == 16);
+  if (evidence.speaks_against()) return;
   auto* best = reinterpret_cast<unsigned long long*>(shared + S::kSharedBytes);  // [kTileRows]
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTileRows;
   TileRange range = share_of_block(num_places, tiles_per_split);
   range = {range.first, (range.count + tile_step - 1) / tile_step, tile_step};
   if (threadIdx.x < kTileRows) best[threadIdx.x] = 0;
-  int most[S::kRowSteps][2];
+  int most[S::kRowSteps][2], tile_of_most[S::kRowSteps][2];
 #pragma unroll
-  for (int m = 0; m < S::kRowSteps; ++m) most[m][0] = most[m][1] = INT32_MIN;
+  for (int m = 0; m < S::kRowSteps; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      most[m][h] = INT32_MIN;
+      tile_of_most[m][h] = range.first;
+    }
   scan_tiles<S>(operands, shared, range, [&](const typename S::Sums& sums, int tile) {
 #pragma unroll
     for (int m = 0; m < S::kRowSteps; ++m)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        int largest = sums[m][0][h * 2];
-#pragma unroll
-        for (int n = 0; n < S::kColumnSteps; ++n) {
-          largest = largest > sums[m][n][h * 2] ? largest : sums[m][n][h * 2];
-          largest = largest > sums[m][n][h * 2 + 1] ? largest : sums[m][n][h * 2 + 1];
-        }
-        if (largest <= most[m][h]) continue;
-        most[m][h] = largest;
-        int column = 0;
+        int largest = INT32_MIN;
 #pragma unroll
         for (int n = 0; n < S::kColumnSteps; ++n)
 #pragma unroll
-          for (int e = 0; e < 2; ++e) column = sums[m][n][h * 2 + e] == largest ? S::column_of(n, e) : column;
-        atomicMax(&best[S::row_of(m, h)], near_code(largest, static_cast<int64_t>(tile) * kTileColumns + column));
+          for (int e = 0; e < 2; ++e) {
+            const int sum = (sums[m][n][h * 2 + e] & ~15) | (n * 2 + e);
+            largest = sum > largest ? sum : largest;
+          }
+        tile_of_most[m][h] = largest > most[m][h] ? tile : tile_of_most[m][h];
+        most[m][h] = largest > most[m][h] ? largest : most[m][h];
       }
   });
+  __syncthreads();  // best is zero, whether or not there was a tile
+#pragma unroll
+  for (int m = 0; m < S::kRowSteps; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int column = S::column_of((most[m][h] & 15) / 2, most[m][h] & 1);
+      atomicMax(&best[S::row_of(m, h)], near_code(most[m][h] & ~15, static_cast<int64_t>(tile_of_most[m][h]) * kTileColumns + column));
+    }
   __syncthreads();
   if (threadIdx.x < kTileRows) near_codes[blockIdx.y * chunk + first_row + threadIdx.x] = best[threadIdx.x];
 }
 
 // The distances of the k places around each query's seed, sorted. A warp a query.
-__global__ void __launch_bounds__(kThreads) seed_runs_kernel(const Rows queries, const int32_t* map, int64_t count, const Rows bank,
-                                                             const int32_t* order, int64_t k, int64_t splits, const SearchMemory memory) {
+__global__ void __launch_bounds__(kThreads)
+    seed_runs_kernel(const Rows queries, const int32_t* map, int64_t count, const Rows bank, const int32_t* order, int64_t k, int64_t splits,
+                     const Evidence evidence, const SearchMemory memory) {
+  if (evidence.speaks_against()) return;
   const int64_t query = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + warp_of_thread();
   if (query >= count) return;  // a whole warp
   const int lane = lane_of_thread(), half = lane / kLanes;
@@ -280,14 +295,14 @@ Split split_bank(int64_t count_a, int64_t places, int64_t most) {
 }
 
 template <class S>
-cudaError_t find_near_codes(const CodeRows& queries, const CodeRows& bank, int64_t count, int64_t places, int tile_step, const Split& split,
-                            const SearchMemory& memory, cudaStream_t stream) {
+cudaError_t find_near_codes(const CodeRows& queries, const CodeRows& bank, int64_t count, int64_t places, int tile_step, const Evidence& evidence,
+                            const Split& split, const SearchMemory& memory, cudaStream_t stream) {
   constexpr int kBytes = S::kSharedBytes + kTileRows * 8;
   PATCHCORE_CUDA_TRY(allow_shared(near_codes_kernel<S>, kBytes));
   const ScanOperands operands = {queries.codes, bank.codes, bank.starts, bank.depth};
   const dim3 grid(static_cast<unsigned>(blocks_of(count, kTileRows)), static_cast<unsigned>(split.splits));
   PATCHCORE_LAUNCH((near_codes_kernel<S>), grid, dim3(kThreads), kBytes, stream, operands, places, memory.chunk, split.tiles_per_split, tile_step,
-                   memory.near_codes);
+                   evidence, memory.near_codes);
   return cudaGetLastError();
 }
 
@@ -303,59 +318,89 @@ cudaError_t filter_by_all(const FilterArguments& arguments, const NearestPolicy&
   return arguments.a.first.depth == 64 ? filter<Scan<64>>(arguments, policy, split, stream) : filter<Scan<0>>(arguments, policy, split, stream);
 }
 
-// The filter by the prefix, by all coordinates, or whichever a trial speaks for.
-cudaError_t filter_bank(FilterArguments by_prefix, FilterArguments by_all, const NearestPolicy& policy, int prefix, const Split& split,
-                        const SearchMemory& memory, cudaStream_t stream) {
-  if (by_prefix.a.first.depth == 0 || prefix < 0) return filter_by_all(by_all, policy, split, stream);
-  if (prefix > 0) return filter<Scan<kPrefixDepth>>(by_prefix, policy, split, stream);
+// Both filters of a search, and what their seeds are found by.
+struct Filters {
+  FilterArguments by_prefix, by_all;
+  NearestPolicy policy;
+  Split split;
+};
+
+// A near row of each query by the seed codes, or by those of all coordinates: then in every kSparseSeeds-th tile. And the distances of the run around
+// it.
+cudaError_t find_seeds(const Filters& filters, const Rows& queries, const int32_t* map, const Bank& bank, bool by_seed_codes,
+                       const Evidence& evidence, const SearchMemory& memory, cudaStream_t stream) {
+  const int64_t count = filters.by_all.count_a, places = filters.by_all.count_b, k = filters.policy.k;
+  const Split& split = filters.split;
+  PATCHCORE_CUDA_TRY(by_seed_codes ? find_near_codes<Scan<kSeedDepth>>(memory.seed, bank.seed, count, places, 1, evidence, split, memory, stream)
+                     : bank.full.depth == 64
+                         ? find_near_codes<Scan<64>>(memory.full, bank.full, count, places, kSparseSeeds, evidence, split, memory, stream)
+                         : find_near_codes<Scan<0>>(memory.full, bank.full, count, places, kSparseSeeds, evidence, split, memory, stream));
+  PATCHCORE_LAUNCH((seed_runs_kernel), dim3(static_cast<unsigned>(blocks_of(count, kThreads / kWarp))), dim3(kThreads), 0, stream, queries, map,
+                   count, bank.rows, bank.order, k, split.splits, evidence, memory);
+  return cudaGetLastError();
+}
+
+// Tries the prefix: *limit is what it may leave of the pairs tried, memory.survivors what it did.
+cudaError_t try_prefix(const Filters& filters, const SearchMemory& memory, unsigned long long* limit, cudaStream_t stream) {
   using S = Scan<kPrefixDepth>;
-  const int tiles = static_cast<int>(blocks_of(by_prefix.count_b, kTileColumns)), tried = tiles < kTrialTiles ? tiles : kTrialTiles;
-  const int64_t all_blocks = blocks_of(by_prefix.count_a, kTileRows), blocks = all_blocks < kTrialBlocks ? all_blocks : kTrialBlocks;
-  const int64_t rows = by_prefix.count_a < blocks * kTileRows ? by_prefix.count_a : blocks * kTileRows;
+  const FilterArguments& p = filters.by_prefix;
+  const int tiles = static_cast<int>(blocks_of(p.count_b, kTileColumns)), tried = tiles < kTrialTiles ? tiles : kTrialTiles;
+  const int64_t all_blocks = blocks_of(p.count_a, kTileRows), blocks = all_blocks < kTrialBlocks ? all_blocks : kTrialBlocks;
+  const int64_t rows = p.count_a < blocks * kTileRows ? p.count_a : blocks * kTileRows;
+  *limit = static_cast<unsigned long long>(rows * tried * kTileColumns / kPrefixPays);
   PATCHCORE_CUDA_TRY(cudaMemsetAsync(memory.survivors, 0, sizeof(unsigned long long), stream));
   PATCHCORE_CUDA_TRY(allow_shared(trial_kernel<S>, filter_shared_bytes<S>()));
-  PATCHCORE_LAUNCH((trial_kernel<S>), dim3(static_cast<unsigned>(blocks)), dim3(kThreads), filter_shared_bytes<S>(), stream, by_prefix, policy,
+  PATCHCORE_LAUNCH((trial_kernel<S>), dim3(static_cast<unsigned>(blocks)), dim3(kThreads), filter_shared_bytes<S>(), stream, p, filters.policy,
                    TileRange{0, tried, tiles / tried}, memory.survivors);
-  PATCHCORE_CUDA_TRY(cudaGetLastError());
-  const auto limit = static_cast<unsigned long long>(rows * tried * kTileColumns / kPrefixPays);
-  by_prefix.evidence = {memory.survivors, limit, true};
-  by_all.evidence = {memory.survivors, limit, false};
-  PATCHCORE_CUDA_TRY(filter<S>(by_prefix, policy, split, stream));
-  return filter_by_all(by_all, policy, split, stream);
+  return cudaGetLastError();
+}
+
+// Filters the bank by the prefix, by all coordinates, or by whichever a trial speaks for.
+cudaError_t filter_bank(Filters filters, const Rows& queries, const int32_t* map, const Bank& bank, int prefix, const SearchMemory& memory,
+                        cudaStream_t stream) {
+  const Split& split = filters.split;
+  if (!bank.with_prefixes() || prefix < 0) {
+    PATCHCORE_CUDA_TRY(find_seeds(filters, queries, map, bank, false, {}, memory, stream));
+    return filter_by_all(filters.by_all, filters.policy, split, stream);
+  }
+  PATCHCORE_CUDA_TRY(find_seeds(filters, queries, map, bank, true, {}, memory, stream));
+  if (prefix > 0) return filter<Scan<kPrefixDepth>>(filters.by_prefix, filters.policy, split, stream);
+  unsigned long long limit = 0;
+  PATCHCORE_CUDA_TRY(try_prefix(filters, memory, &limit, stream));
+  filters.by_prefix.evidence = {memory.survivors, limit, true};
+  filters.by_all.evidence = {memory.survivors, limit, false};
+  PATCHCORE_CUDA_TRY(filter<Scan<kPrefixDepth>>(filters.by_prefix, filters.policy, split, stream));
+  // Where the prefix says little, so did the seed codes.
+  PATCHCORE_CUDA_TRY(find_seeds(filters, queries, map, bank, false, filters.by_all.evidence, memory, stream));
+  return filter_by_all(filters.by_all, filters.policy, split, stream);
 }
 
 cudaError_t search_chunk(const Rows& queries, const int32_t* map, int64_t count, const Bank& bank, int64_t k, int prefix, const SearchMemory& memory,
                          double* squared_distances, int64_t* indices, SearchCounters* counters, int32_t* flags, cudaStream_t stream) {
   PATCHCORE_CUDA_TRY(encode_rows(queries, map, count, bank.encoding, memory.steps, memory.full, memory.seed, memory.prefix, flags, stream));
-  const int64_t places = bank.rows.count;
-  const Split split = split_bank(count, places, memory.splits);
-  PATCHCORE_CUDA_TRY(bank.with_prefixes()    ? find_near_codes<Scan<kSeedDepth>>(memory.seed, bank.seed, count, places, 1, split, memory, stream)
-                     : bank.full.depth == 64 ? find_near_codes<Scan<64>>(memory.full, bank.full, count, places, kSparseSeeds, split, memory, stream)
-                                             : find_near_codes<Scan<0>>(memory.full, bank.full, count, places, kSparseSeeds, split, memory, stream));
-  const dim3 warps(static_cast<unsigned>(blocks_of(count, kThreads / kWarp)));
-  PATCHCORE_LAUNCH((seed_runs_kernel), warps, dim3(kThreads), 0, stream, queries, map, count, bank.rows, bank.order, k, split.splits, memory);
-  PATCHCORE_CUDA_TRY(cudaGetLastError());
-  const int64_t stride = memory.chunk * k;
-  const NearestPolicy policy = {
-      k, memory.seed_begin, memory.seed_keys, memory.seed_rows, memory.list_distances + stride, memory.list_rows + stride, stride};
-  FilterArguments by_all = {};
+  const int64_t places = bank.rows.count, stride = memory.chunk * k;
+  Filters filters = {};
+  filters.split = split_bank(count, places, memory.splits);
+  filters.policy = {k, memory.seed_begin, memory.seed_keys, memory.seed_rows, memory.list_distances + stride, memory.list_rows + stride, stride};
+  FilterArguments& by_all = filters.by_all;
   by_all.a = {memory.full, CodeRows{}, queries, map};
   by_all.b = {bank.full, CodeRows{}, bank.rows, bank.order};
   by_all.first_per_unit = by_all.full_per_unit = &bank.encoding.scales->full.per_unit;
   by_all.count_a = count;
   by_all.count_b = places;
   by_all.slack = canonical_slack(bank.rows.dim);
-  by_all.tiles_per_split = split.tiles_per_split;
+  by_all.tiles_per_split = filters.split.tiles_per_split;
   by_all.canonical = counters == nullptr ? nullptr : &counters->canonical;
-  FilterArguments by_prefix = by_all;
+  FilterArguments& by_prefix = filters.by_prefix;
+  by_prefix = by_all;
   by_prefix.a.first = memory.prefix;
   by_prefix.a.full = memory.full;
   by_prefix.b.first = bank.prefix;
   by_prefix.b.full = bank.full;
   by_prefix.first_per_unit = &bank.encoding.scales->prefix.per_unit;
-  PATCHCORE_CUDA_TRY(filter_bank(by_prefix, by_all, policy, prefix, split, memory, stream));
-  PATCHCORE_LAUNCH((merge_kernel), warps, dim3(kThreads), 0, stream, count, k, 1 + split.splits, stride, memory.list_distances, memory.list_rows,
-                   memory.full.residuals, squared_distances, indices);
+  PATCHCORE_CUDA_TRY(filter_bank(filters, queries, map, bank, prefix, memory, stream));
+  PATCHCORE_LAUNCH((merge_kernel), dim3(static_cast<unsigned>(blocks_of(count, kThreads / kWarp))), dim3(kThreads), 0, stream, count, k,
+                   1 + filters.split.splits, stride, memory.list_distances, memory.list_rows, memory.full.residuals, squared_distances, indices);
   return cudaGetLastError();
 }
 

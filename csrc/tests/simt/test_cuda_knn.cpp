@@ -153,7 +153,7 @@ TEST(codes_spare_most_canonical_distances) {
     expect("clusters", prepared.search(queries, bank, 1, prefix, counters.get()), on_cpu(queries, bank, 1));
     std::cout << "     prefix " << prefix << ": " << static_cast<double>((*counters).canonical) / 100 << " canonical distances a query of 2000\n";
     CHECK((*counters).canonical < 100 * 100);
-    CHECK((*counters).canonical > 0);
+    if (prefix == 1) CHECK((*counters).canonical > 0);  // else seeds by all codes may be the nearest rows already
   }
 }
 
