@@ -63,7 +63,7 @@ void bfloat16_to_float(const uint16_t* in, int64_t count, float* out) {
   for (; i < count; ++i) out[i] = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(static_cast<uint32_t>(in[i]) << 16))));
 }
 
-// Four codes of each of eight operands against four codes of a row: vpmaddubsw saturates, so both are widened to int16 and vpmaddwd leaves two
+// Four codes of each of eight operands against four codes of one row: vpmaddubsw would saturate, so both are widened to int16 and vpmaddwd leaves two
 // partial sums an operand, in `low` those of operands 0-3 and in `high` those of operands 4-7.
 namespace {
 
@@ -106,15 +106,68 @@ uint64_t scan_tile(const uint8_t* row, const int8_t* tile, const int32_t* start,
   return survivors;
 }
 
-void scan_rows(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors,
-               uint64_t* survivors) {
-  for (int64_t r = 0; r < count; ++r) survivors[r] = 0;
-  for (int64_t o = 0; o < kTileOperands; o += 8) {
-    const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(start + o));
-    for (int64_t r = 0; r < count; ++r) {
-      survivors[r] |= at_least(_mm256_add_epi32(first, eight_dots(rows + r * stride, tile + 4 * o, words)), _mm256_set1_epi32(floors[r])) << o;
+// In a scan operands stay while rows pass by, and vpmaddubsw does serve: a b = |b| (sign(b) a) with codes a and b within +-127, so two products are
+// at most 2 * 127^2 = 32258 and do not saturate. vpmaddwd by ones adds them up, four codes of each of eight operands. Rows are stored as a + 128,
+// which the starts of scan_rows allow for (dispatch.h): 128 times the sum of an operand's codes is put back into them first.
+constexpr int kRowsTogether = 4, kEightsTogether = 2;
+
+static inline __m256i dots_of_four(__m256i magnitudes, __m256i codes) {
+  return _mm256_madd_epi16(_mm256_maddubs_epi16(magnitudes, codes), _mm256_set1_epi16(1));
+}
+
+// signed_start: [kTileOperands / 8], of eight operands each. Sums of kRows x kEightsTogether eights stay in registers.
+template <int kRows>
+static inline void scan_some_rows(const uint8_t* rows, int64_t stride, const int8_t* tile, const __m256i* signed_start, int64_t words,
+                                  const int32_t* floors, uint64_t* survivors) {
+  for (int r = 0; r < kRows; ++r) survivors[r] = 0;
+  for (int64_t o = 0; o < kTileOperands; o += 8 * kEightsTogether) {
+    __m256i sums[kRows][kEightsTogether];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int e = 0; e < kEightsTogether; ++e) sums[r][e] = signed_start[o / 8 + e];
+    const int8_t* at = tile + 4 * o;
+    for (int64_t w = 0; w < words; ++w, at += 4 * kTileOperands) {
+      __m256i operands[kEightsTogether], magnitudes[kEightsTogether];
+#pragma GCC unroll 2
+      for (int e = 0; e < kEightsTogether; ++e) {
+        operands[e] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 32 * e));
+        magnitudes[e] = _mm256_abs_epi8(operands[e]);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        int32_t word;
+        __builtin_memcpy(&word, rows + r * stride + 4 * w, 4);
+        const __m256i codes = _mm256_xor_si256(_mm256_set1_epi32(word), _mm256_set1_epi8(-128));
+#pragma GCC unroll 2
+        for (int e = 0; e < kEightsTogether; ++e)
+          sums[r][e] = _mm256_add_epi32(sums[r][e], dots_of_four(magnitudes[e], _mm256_sign_epi8(codes, operands[e])));
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const __m256i floor = _mm256_set1_epi32(floors[r]);
+#pragma GCC unroll 2
+      for (int e = 0; e < kEightsTogether; ++e) survivors[r] |= at_least(sums[r][e], floor) << (o + 8 * e);
     }
   }
+}
+
+void scan_rows(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors,
+               uint64_t* survivors) {
+  __m256i signed_start[kTileOperands / 8];
+  for (int64_t e = 0; e < kTileOperands / 8; ++e) {
+    __m256i sum = _mm256_setzero_si256();
+    for (int64_t w = 0; w < words; ++w) {
+      const __m256i operands = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + w * 4 * kTileOperands + 32 * e));
+      sum = _mm256_add_epi32(sum, dots_of_four(_mm256_set1_epi8(1), operands));
+    }
+    signed_start[e] = _mm256_add_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(start + 8 * e)), _mm256_slli_epi32(sum, 7));
+  }
+  int64_t r = 0;
+  for (; r + kRowsTogether <= count; r += kRowsTogether)
+    scan_some_rows<kRowsTogether>(rows + r * stride, stride, tile, signed_start, words, floors + r, survivors + r);
+  for (; r < count; ++r) scan_some_rows<1>(rows + r * stride, stride, tile, signed_start, words, floors + r, survivors + r);
 }
 
 static inline __m256i add_sixteen(__m256i sum, const uint8_t* row, const int8_t* operand) {
@@ -175,30 +228,54 @@ int64_t first_largest(const double* values, int64_t count) {
 }
 
 // filter.h, int8_code, four coordinates at a time.
+namespace {
+
+struct QuantizeSums {
+  __m256d errors;
+  __m128i squares;
+};
+
+}  // namespace
+
+static inline __m128i quantize_four(__m256d coordinates, __m256d scale, QuantizeSums* sums) {
+  const __m256d magic = _mm256_set1_pd(0x1.8p52);
+  const __m256d clipped = _mm256_max_pd(_mm256_min_pd(_mm256_mul_pd(scale, coordinates), _mm256_set1_pd(127.0)), _mm256_set1_pd(-127.0));
+  const __m256d code = _mm256_sub_pd(_mm256_add_pd(clipped, magic), magic);
+  const __m256d error = _mm256_sub_pd(clipped, code);
+  sums->errors = _mm256_add_pd(sums->errors, _mm256_mul_pd(error, error));
+  const __m128i integers = _mm256_cvtpd_epi32(code);
+  sums->squares = _mm_add_epi32(sums->squares, _mm_mullo_epi32(integers, integers));
+  return integers;
+}
+
 int32_t quantize(const double* coordinates, int64_t count, double scale, uint8_t* codes, double* error_squares) {
-  const __m256d most = _mm256_set1_pd(127.0), least = _mm256_set1_pd(-127.0), magic = _mm256_set1_pd(0x1.8p52);
-  __m256d errors = _mm256_setzero_pd();
-  int32_t squared_norm = 0;
-  for (int64_t k = 0; k < count; k += 4) {
-    double four[4] = {};
-    const int64_t taken = count - k < 4 ? count - k : 4;
-    for (int64_t i = 0; i < taken; ++i) four[i] = coordinates[k + i];
-    const __m256d scaled = _mm256_mul_pd(_mm256_set1_pd(scale), _mm256_loadu_pd(four));
-    const __m256d clipped = _mm256_max_pd(_mm256_min_pd(scaled, most), least);
-    const __m256d code = _mm256_sub_pd(_mm256_add_pd(clipped, magic), magic);
-    const __m256d error = _mm256_sub_pd(clipped, code);
-    errors = _mm256_add_pd(errors, _mm256_mul_pd(error, error));
-    int32_t integers[4];
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(integers), _mm256_cvtpd_epi32(code));
-    for (int64_t i = 0; i < taken; ++i) {
-      codes[k + i] = static_cast<uint8_t>(integers[i] + 128);
-      squared_norm += integers[i] * integers[i];
+  const __m256d factor = _mm256_set1_pd(scale);
+  QuantizeSums sums = {_mm256_setzero_pd(), _mm_setzero_si128()};
+  for (int64_t k = 0; k < count; k += 8) {
+    double eight[8] = {};
+    const int64_t taken = count - k < 8 ? count - k : 8;
+    const double* from = coordinates + k;
+    if (taken < 8) {
+      for (int64_t i = 0; i < taken; ++i) eight[i] = from[i];
+      from = eight;
+    }
+    const __m128i low = quantize_four(_mm256_loadu_pd(from), factor, &sums), high = quantize_four(_mm256_loadu_pd(from + 4), factor, &sums);
+    const __m128i words = _mm_packs_epi32(low, high);
+    const __m128i bytes = _mm_xor_si128(_mm_packs_epi16(words, words), _mm_set1_epi8(-128));  // code + 128
+    if (taken == 8) {
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + k), bytes);
+    } else {
+      uint8_t some[16];
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(some), bytes);
+      __builtin_memcpy(codes + k, some, static_cast<unsigned long>(taken));
     }
   }
-  double sums[4];
-  _mm256_storeu_pd(sums, errors);
-  *error_squares = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  return squared_norm;
+  double errors[4];
+  int32_t squares[4];
+  _mm256_storeu_pd(errors, sums.errors);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(squares), sums.squares);
+  *error_squares = (errors[0] + errors[1]) + (errors[2] + errors[3]);
+  return (squares[0] + squares[1]) + (squares[2] + squares[3]);
 }
 
 void multiply_matrix(const double* x, const double* matrix, int64_t dim, int64_t outputs, double* products) {
@@ -247,21 +324,31 @@ double round_to_steps(const float* x, const double* center, int64_t count, doubl
   const __m256d high = _mm256_set1_pd(most), low = _mm256_set1_pd(-most), magic = _mm256_set1_pd(0x1.8p52), factor = _mm256_set1_pd(scale);
   __m256d errors = _mm256_setzero_pd(), squares = errors;
   for (int64_t j = 0; j < count; j += 4) {
-    float values[4] = {};
-    double centers[4] = {};
+    float few[4] = {};
+    double few_centers[4] = {};
     const int64_t taken = count - j < 4 ? count - j : 4;
-    __builtin_memcpy(values, x + j, static_cast<unsigned long>(taken) * 4);
-    __builtin_memcpy(centers, center + j, static_cast<unsigned long>(taken) * 8);
+    const float* values = x + j;
+    const double* centers = center + j;
+    if (taken < 4) {
+      __builtin_memcpy(few, values, static_cast<unsigned long>(taken) * 4);
+      __builtin_memcpy(few_centers, centers, static_cast<unsigned long>(taken) * 8);
+      values = few;
+      centers = few_centers;
+    }
     const __m256d scaled = _mm256_mul_pd(factor, _mm256_sub_pd(_mm256_cvtps_pd(_mm_loadu_ps(values)), _mm256_loadu_pd(centers)));
     const __m256d clipped = _mm256_max_pd(low, _mm256_min_pd(high, scaled));  // NaN: the second operand
     const __m256d code = _mm256_sub_pd(_mm256_add_pd(clipped, magic), magic);
     const __m256d error = _mm256_sub_pd(clipped, code);
     errors = _mm256_add_pd(errors, _mm256_mul_pd(error, error));
     squares = _mm256_add_pd(squares, _mm256_mul_pd(code, code));
-    const __m128i integers = _mm256_cvtpd_epi32(code);
-    int16_t narrow[8];
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(narrow), _mm_packs_epi32(integers, integers));
-    __builtin_memcpy(steps + j, narrow, static_cast<unsigned long>(taken) * 2);
+    const __m128i integers = _mm256_cvtpd_epi32(code), narrow = _mm_packs_epi32(integers, integers);
+    if (taken == 4) {
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(steps + j), narrow);
+    } else {
+      int16_t some[8];
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(some), narrow);
+      __builtin_memcpy(steps + j, some, static_cast<unsigned long>(taken) * 2);
+    }
   }
   double sums[4], norms[4];
   _mm256_storeu_pd(sums, errors);
