@@ -57,7 +57,9 @@ def center_and_prefix(rows: Tensor) -> tuple[Tensor, Tensor]:
 _SHORT, _SHORT_REST = (63, 79, 95, 127), 0.16
 _LONG, _LONG_REST = (190, 254, 382, 510), 0.03
 _CUDA_LENGTHS = (63, 191)  # csrc/core/cuda/kernels.h
-_PREPARED_ROWS = 1024  # below, the matrix takes more memory than it is worth
+_PREPARED_ROWS = 256  # below, not worth the preparation
+_PREPARED_ROWS_CUDA = 1024
+_PREPARED_SHARE = 0.75  # of the bank in float32: the most that its codes, a matrix among them, may take
 _PREPARED_DIMS = range(192, 8193)
 _POWER_STEPS = 5
 _UNIT = 2**14
@@ -89,26 +91,38 @@ def center_and_prefixes(bank: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
     without = center_alone(bank)
     center = without[0]
     dim = bank.shape[1]
-    if dim not in _PREPARED_DIMS or bank.shape[0] < _PREPARED_ROWS:
+    on_cuda = _library.runs_cuda_kernels(bank.device)
+    if dim not in _PREPARED_DIMS or bank.shape[0] < (_PREPARED_ROWS_CUDA if on_cuda else _PREPARED_ROWS):
+        return without
+    most = 2 * dim // 3
+    if not on_cuda and not _fits(bank, _SHORT[0], min(_LONG[0], most)):
         return without
     deviations = bank[:: max(1, bank.shape[0] // _SAMPLE_ROWS)][:_SAMPLE_ROWS].double() - center  # [S, D]
     scale = deviations.abs().max()
     if not (bool(scale > 0) and bool(scale.isfinite())):
         return without
     deviations = (deviations / scale).float()
-    if _library.runs_cuda_kernels(bank.device):
+    if on_cuda:
         short, long = _CUDA_LENGTHS
         directions, _ = _principal_directions(deviations, long)
         matrix = torch.cat([_integer_contraction([part]) for part in (directions[:, :short], directions)])
     else:
-        most = 2 * dim // 3
         directions, rest = _principal_directions(deviations, min(_LONG[1], most))
         if rest[-1] > _LONG_REST and most > _LONG[1]:
             directions, rest = _principal_directions(deviations, min(_LONG[-1], most))
-        short, long = _shortest(_SHORT, _SHORT_REST, rest), _shortest(_LONG, _LONG_REST, rest)
+        short = _shortest([length for length in _SHORT if _fits(bank, length, min(_LONG[0], most))], _SHORT_REST, rest)
+        long = _shortest([length for length in _LONG if _fits(bank, short, min(length, most))], _LONG_REST, rest)
         matrix = _integer_contraction([directions[:, :short], directions[:, short:long]])
     order = _neighborly_order(((bank.float() - center.float()) @ directions[:, :_AXES].float()).cpu()).to(bank.device)
     return center, matrix, short, order
+
+
+def _fits(bank: Tensor, short: int, long: int) -> bool:
+    """Whether the codes of a bank ``[M, D]`` with prefixes of these lengths stay within their share of memory (csrc/core/cpu/bank.cpp, lay_out)."""
+    rows, dim = bank.shape
+    codes = dim + 4 + short + 4 + (short + 63) // 64 * 64 + long - short + 4  # of a row in all its views
+    about = 32  # norms, residuals and places of a row
+    return (long + 63) // 64 * 64 * 2 * (dim + 1) + -(-rows // _TILE) * _TILE * (codes + about) + 8 * dim + 4096 <= _PREPARED_SHARE * 4 * rows * dim
 
 
 def _shortest(lengths: Sequence[int], share: float, rest: Tensor) -> int:

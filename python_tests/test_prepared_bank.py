@@ -57,6 +57,20 @@ def test_neighbors_are_the_same_where_a_prefix_pays(offset: float, dtype: torch.
     assert sum(code.nbytes for code in codes) <= 0.75 * bank.numel() * 4
 
 
+@pytest.mark.parametrize("dim", [192, 384, 1024])
+def test_copies_of_small_banks_stay_within_their_share_of_memory(dim: int) -> None:
+    """A prefix pays from a few hundred rows on, but its matrix is as large for few rows as for many."""
+    shares = {}
+    for rows in (256, 300, 400, 655, 1300):
+        bank = features_like_real_ones(rows, dim)
+        codes = ops.prepare_bank(bank)
+        shares[rows] = sum(code.nbytes for code in codes) / (4 * bank.numel())
+        assert 0 < shares[rows] <= 0.75
+        assert_equal_to_every_distance(features_like_real_ones(100, dim, seed=5), bank, codes, 2)
+    assert shares[1300] > 0.4  # with prefixes, which all but the shortest have
+    assert shares[655] > 0.4 or dim == 192
+
+
 def test_rows_of_the_bank_find_the_first_of_their_duplicates() -> None:
     bank = features_like_real_ones(1200, 200).repeat(2, 1)
     squared, indices = ops.nearest_neighbors(bank[1200:1500], bank, 2, ops.prepare_bank(bank))
