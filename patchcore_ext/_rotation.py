@@ -51,11 +51,10 @@ def center_and_prefix(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # Lengths of the prefixes, of which the first is taken that leaves at most such a share of the variance; with the norm of the rest as one more coordinate, and
-# the short one's codes padded in the long one, they are whole cache lines of codes. Measured on 15,680 rows of ResNet18 features, when the prefixes were still
-# apart: 63 and 255 are best at D = 384, 1024 and 1536 where maps are put side by side; where neighbourhoods are pooled to 1536, 127 and 511 take less than half
-# the time of these.
+# the short one's codes padded in the long one, they are whole cache lines of codes. Measured on ResNet18 features: maps side by side at D = 384 and 1536 and
+# neighbourhoods pooled to 1024, banks of 655, 1,568 and 15,680 rows, AVX2; each output costs a query dim multiply-adds, which few rows do not earn back.
 _SHORT, _SHORT_REST = (63, 79, 95, 127), 0.16
-_LONG, _LONG_REST = (190, 254, 382, 510), 0.03
+_LONG, _LONG_REST = (126, 190, 254, 382, 510), 0.066
 _CUDA_LENGTHS = (63, 191)  # csrc/core/cuda/kernels.h
 _PREPARED_ROWS = 256  # below, not worth the preparation
 _PREPARED_ROWS_CUDA = 1024
@@ -107,8 +106,8 @@ def center_and_prefixes(bank: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
         directions, _ = _principal_directions(deviations, long)
         matrix = torch.cat([_integer_contraction([part]) for part in (directions[:, :short], directions)])
     else:
-        directions, rest = _principal_directions(deviations, min(_LONG[1], most))
-        if rest[-1] > _LONG_REST and most > _LONG[1]:
+        directions, rest = _principal_directions(deviations, min(_LONG[2], most))
+        if rest[-1] > _LONG_REST and most > _LONG[2]:
             directions, rest = _principal_directions(deviations, min(_LONG[-1], most))
         short = _shortest([length for length in _SHORT if _fits(bank, length, min(_LONG[0], most))], _SHORT_REST, rest)
         long = _shortest([length for length in _LONG if _fits(bank, short, min(length, most))], _LONG_REST, rest)

@@ -67,8 +67,8 @@ def test_copies_of_small_banks_stay_within_their_share_of_memory(dim: int) -> No
         shares[rows] = sum(code.nbytes for code in codes) / (4 * bank.numel())
         assert 0 < shares[rows] <= 0.75
         assert_equal_to_every_distance(features_like_real_ones(100, dim, seed=5), bank, codes, 2)
-    assert shares[1300] > 0.4  # with prefixes, which all but the shortest have
-    assert shares[655] > 0.4 or dim == 192
+    assert shares[1300] > 0.33  # with prefixes, which all but the shortest have
+    assert shares[655] > 0.33 or dim == 192
 
 
 def test_rows_of_the_bank_find_the_first_of_their_duplicates() -> None:

@@ -11,6 +11,14 @@ namespace patchcore {
 // Operands of the int8 scan lie in tiles: tile[w][o][b] is code 4 w + b of operand o, so that one register holds the same four codes of 16 operands.
 constexpr int64_t kTileOperands = 64;
 
+// What steps of a search take, in nanoseconds: what plans are made by, and no result depends on.
+struct Costs {
+  double word;            // a pair's word of codes in scan_rows
+  double look_up;         // an operand in dots,
+  double look_up_word;    // and each of its words
+  double difference_dim;  // a dimension in squared_difference, of a row from memory
+};
+
 struct Level {
   const char* name;
 
@@ -62,6 +70,8 @@ struct Level {
 
   // sum_j (a[j] - b[j])^2 in float32, in any order, fused or not: for difference_skip_limit (filter.h).
   float (*squared_difference)(const float* a, const float* b, int64_t dim);
+
+  Costs costs;
 };
 
 // The level in use.

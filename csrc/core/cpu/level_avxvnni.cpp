@@ -35,7 +35,8 @@ const Level kAvxVnniLevel = {"avxvnni",
                              avx2::multiply_int16,
                              avx2::round_to_steps,
                              avx2::take_marked,
-                             avx2::squared_difference};
+                             avx2::squared_difference,
+                             {0.033, 2.5, 0.09, 0.25}};
 
 }  // namespace patchcore
 
