@@ -137,8 +137,8 @@ def text() -> str:
         f"{card.memory_bytes / 1e12:.3g} | {card.source} |"
         for card in CARDS
     )
-    return f"""**Calculated, not measured**: no GPU has run these kernels yet. Milliseconds by `benchmarks/gpu_roofs.py`: each step at the
-card's limit, and which limit that is. Real times will be longer.
+    return f"""**Calculated**, not measured: milliseconds by `benchmarks/gpu_roofs.py`, each step at the card's limit, and which limit that is. Real times are
+longer.
 
 Nearest rows of {queries:,} patches (32 images) in a bank of {rows:,}, D = {dim:,}, prefixes of 64 and 192 bytes; after the filter a
 query has {AFTER_PREFIX} rows left, after all codes {AFTER_ALL_CODES} (measured on the CPU on real features, D = 384):

@@ -235,3 +235,19 @@ print(distances.flatten().tolist(), indices.flatten().tolist(), patchcore_ext.bu
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=built_without_nvcc)
     assert result.stdout.strip() == "[1.0] [1] this build has no CUDA kernels", result.stderr
+
+
+def test_the_kernels_tests_compile_for_a_gpu_as_well() -> None:
+    """As make gpu-test compiles them: only the C++ compiler and the toolkit's headers are needed to find out."""
+    try:
+        toolkit = tools.find_toolkit()
+    except tools.ToolkitError as error:
+        pytest.skip(f"no CUDA toolkit: {error}")
+    programs = _load("gpu_programs")
+    steps = programs.gpu_steps(ROOT / "build", toolkit, ["9.0"])
+    names = {source.stem for source in programs.test_sources(programs.ONLY_SIMT)}
+    commands = [step.command for step in steps if Path(step.command[-3]).stem in names]
+    assert len(commands) == len(names) == 3
+    for command in commands:
+        result = subprocess.run([*command[:-2], "-fsyntax-only"], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr

@@ -123,12 +123,9 @@ __device__ __forceinline__ int run_chain(const Chain& chain, int count, double e
     for (int i = thread; i < (count + 31) / 32; i += kChainThreads) chain.blocked[i] = 0;
     for (int e = thread; e < end; e += kChainThreads) {
       const Edge edge = edges[e];
-      const bool picks_i = chain.states[edge.i] == kSafe && chain.states[edge.j] == kBlocked;
-      const bool picks_j = chain.states[edge.j] == kSafe && chain.states[edge.i] == kBlocked;
-      if (!picks_i && !picks_j) continue;
-      const int pick = picks_i ? edge.i : edge.j, other = picks_i ? edge.j : edge.i;
-      // The key of a safe one does not change in this loop; that of the open one may be lowered by others meanwhile, which changes nothing (point 3).
-      if (before(chain.keys[pick], chain.rows[pick], chain.keys[other], chain.rows[other])) atomicMin(&chain.keys[other], bits_of(edge.distance));
+      // An edge that was kept blocks the later of the two, so a safe one is the earlier. Others may lower the same key meanwhile (point 3).
+      if (chain.states[edge.i] == kSafe) atomicMin(&chain.keys[edge.j], bits_of(edge.distance));
+      if (chain.states[edge.j] == kSafe) atomicMin(&chain.keys[edge.i], bits_of(edge.distance));
     }
     __syncthreads();
   }

@@ -157,6 +157,26 @@ TEST(codes_spare_most_canonical_distances) {
   }
 }
 
+TEST(the_trial_speaks_for_a_prefix_that_tells_clusters_apart) {
+  // Fifty clusters far from each other: a prefix leaves one pair in fifty, whatever its directions, and the trial wants one in 32 at most.
+  const auto hash = [](int64_t value) { return (static_cast<uint64_t>(value) * 0x9e3779b97f4a7c15ull) >> 40; };
+  data::Set set = data::fill(data::make("far clusters", 1000, 200), [&](int64_t r, int64_t j) {
+    return (hash(r % 50 * 200 + j + 1) % 2 == 0 ? 1.0 : -1.0) + 1e-3 * static_cast<double>(hash(r * 200 + j) % 1000) / 1000;
+  });
+  const Rows& bank = data::rows_of(set);
+  const Rows queries = first_rows(bank, 100);
+  device::set_order(0);
+  Prepared prepared(bank, true);
+  unsigned long long canonical[2];
+  for (const int prefix : {1, 0}) {
+    device::Value<cuda::SearchCounters> counters;
+    expect(set.name, prepared.search(queries, bank, 1, prefix, counters.get()), on_cpu(queries, bank, 1));
+    canonical[prefix] = (*counters).canonical;
+  }
+  CHECK(canonical[1] > 0);
+  CHECK_EQ(canonical[0], canonical[1]);  // the same plan
+}
+
 TEST(a_query_that_is_not_finite_is_reported_and_gets_nan) {
   for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
     for (const bool with_prefixes : {false, true}) {
