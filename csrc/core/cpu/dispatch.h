@@ -30,7 +30,7 @@ struct Level {
   void (*bfloat16_to_float)(const uint16_t* in, int64_t count, float* out);
 
   // Integer dot products for the filters (filter.h), exact. Codes come in groups of four ("words"); one side is stored as code + 128 in uint8, as the
-  // dot-product instructions want it, and the caller subtracts 128 * (sum of the other side's codes).
+  // dot-product instructions want it, and the caller subtracts 128 * (sum of the other side's codes). Codes lie in [-127, 127].
 
   // Bit o of survivors[r] is set iff start[o] + dot(row r, operand o) >= floors[r]. rows: [count] rows, `stride` bytes apart; start: [kTileOperands].
   void (*scan_rows)(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, const int32_t* start, int64_t words,
