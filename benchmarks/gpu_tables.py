@@ -72,7 +72,8 @@ def text(results: dict[str, Any]) -> str:
         if "kernels_ms" in row
     ]
     return f"""One {device["name"]}, torch {info["torch"]}, nvcc {info["cuda_toolkit"]}, {machine["date"]}, commit {machine["commit"]}. Patches:
-{results["features"]}; banks are greedy coresets of 200 images. Milliseconds by CUDA events, medians, host work and the check for bad values
+{results["features"]} (D = 1,024: more layers side by side; a million rows: points between
+real ones as well); banks are greedy coresets of 200 images. Milliseconds by CUDA events, medians, host work and the check for bad values
 included. Ours was first compared, bit for bit, with the CPU kernels and with plain float64; the torch loop is extrapolated from its first picks.
 The card copied {copied:.3g} TB/s, and torch multiplied {products:.3g} T int8 products a second.
 

@@ -249,7 +249,7 @@ def prepare_bank(bank: ArrayLike) -> list[Tensor]:
     Raises:
         ValueError: The bank is empty, not ``[M, D]``, or not finite (names the first such row).
 
-    Cost: an eigendecomposition of a sample, and about 600 int16 multiply-adds a value; see ``PatchScorer.describe``.
+    Cost: an eigendecomposition of a sample, and 128 to 512 int16 multiply-adds a value; see ``PatchScorer.describe``.
     """
     op = "prepare_bank"
     rows = _checks.features(op, "bank", bank).detach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -34,6 +35,16 @@ def test_files_named_in_the_makefile_exist() -> None:
     assert len(names) > 5
     for name in names:
         assert (ROOT / name).exists(), f"Makefile names {name}"
+
+
+def test_the_gpu_tables_are_those_of_the_result_file() -> None:
+    """What python -m benchmarks.gpu_tables writes between its marks, and the calculated section behind it."""
+    from benchmarks import gpu_roofs, gpu_tables
+
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    results = json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text(encoding="utf-8"))
+    assert f"{gpu_tables.START}\n\n{gpu_tables.text(results)}\n\n{gpu_tables.END}" in text
+    assert gpu_roofs.text() in text
 
 
 @pytest.mark.parametrize("name", MODULES)
