@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, from_numpy
 
 BYTES = 64  # of a row's code, or as many as divide its dimensions
 PROBED = 8  # lists
 _TRAINING_ROWS = 100_000
+_OVER_QUERIES = 3  # faiss's parallel_mode: a query is one thread's work
 
 
 def code_bytes(dim: int, most: int = BYTES) -> int:
@@ -18,7 +20,7 @@ def code_bytes(dim: int, most: int = BYTES) -> int:
 
 
 def build_index(rows: Tensor, bits: int = 8) -> Any:
-    """An IndexIVFPQ of rows [M, D] with about sqrt(M) lists. Its k-means starts from a fixed seed and runs on one thread, so it is the same each time.
+    """An IndexIVFPQ of rows [M, D] with about sqrt(M) lists; the same bits each time and on any number of threads: k-means has a fixed seed.
 
     Raises:
         ModuleNotFoundError: faiss is not installed.
@@ -27,18 +29,26 @@ def build_index(rows: Tensor, bits: int = 8) -> Any:
 
     count, dim = rows.shape
     values = rows.numpy()
-    with threadpool_limits(1):
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    with threadpool_limits(1, user_api="blas"):  # the last bits of its matrix products depend on the number
         index = faiss.IndexIVFPQ(faiss.IndexFlatL2(dim), dim, max(1, round(count**0.5)), code_bytes(dim), bits)
         step = max(1, count // _TRAINING_ROWS)
         index.train(values[::step].copy())
         for start in range(0, count, _TRAINING_ROWS):
             index.add(values[start : start + _TRAINING_ROWS])
     index.nprobe = PROBED
+    index.parallel_mode = _OVER_QUERIES
     return index
 
 
 def search(index: Any, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Distances float32 [Q, k], as the index sees them, and rows int64 [Q, k]."""
-    with threadpool_limits(1):  # the last bits of its matrix products depend on the number
-        squared, nearest = index.search(queries.contiguous().numpy(), k)
+    """Distances float32 [Q, k], as the index sees them, and rows int64 [Q, k]; the same bits on any number of threads."""
+    import faiss
+
+    asked, threads = queries.contiguous().numpy(), torch.get_num_threads()  # asked first: torch may share its OpenMP with faiss
+    faiss.omp_set_num_threads(1)  # the last bits of the distances to the lists' middles depend on the number
+    with threadpool_limits(1, user_api="blas"):
+        middles, lists = index.quantizer.search(asked, index.nprobe)
+    faiss.omp_set_num_threads(threads)
+    squared, nearest = index.search_preassigned(asked, k, lists, middles)
     return from_numpy(squared).clamp(min=0).sqrt(), from_numpy(nearest)
