@@ -1,5 +1,6 @@
 // The Python module patchcore_ext._C: loading it registers torch.ops.patchcore_ext; the few functions below tell how it was built. No tensor crosses
 // here.
+#undef TORCH_TARGET_VERSION  // nothing of torch is used here, and its copy of pybind11 refuses the stable ABI (torch 2.11)
 #include <pybind11/pybind11.h>
 
 #include <string>
