@@ -57,8 +57,9 @@ test-core: $(VENV)/built
 	cmake --build build/core
 	ctest --test-dir build/core --output-on-failure --parallel $(JOBS)
 
+# A file is one worker's: its fixtures are made once.
 test-python: $(VENV)/demo-material
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 # An environment for onnx and onnxruntime that borrows torch from .venv.
 test-onnx: $(VENV)/built
