@@ -38,7 +38,7 @@ def _cuda_codes_bytes(rows: int, depth: int) -> int:
 
 
 def _cuda_bank_bytes(rows: int, dim: int, with_prefixes: bool) -> int:
-    """prepared_bank_bytes of csrc/core/cuda/nearest.cu: order, scales, center, codes, and with prefixes the matrix and their codes."""
+    """prepared_bank_bytes of csrc/core/cuda/bank.cu: order, scales, center, codes, and with prefixes the matrix and their codes."""
     depth = (dim + 63) // 64 * 64
     size = (rows * 4 + 255) // 256 * 256 + 256 + (dim * 8 + 255) // 256 * 256 + _cuda_codes_bytes(rows, depth)
     return size + 256 * 2 * depth + _cuda_codes_bytes(rows, 64) + _cuda_codes_bytes(rows, 192) if with_prefixes else size

@@ -13,7 +13,7 @@ from cuda_toolkit import ToolkitError, find_toolkit
 
 # Kernels whose work is integer products on tensor cores, and the files they are in; all others must do without.
 MMA_KERNELS = {"contract_kernel", "edges_kernel", "update_kernel", "near_codes_kernel", "nearest_kernel", "trial_kernel"}
-MMA_FILES = ("nearest.cu", "coreset.cu", "codes.cu")
+MMA_FILES = ("nearest.cu", "seeds.cu", "coreset.cu", "update.cu", "codes.cu")
 # The oldest, the one of most cards, and Hopper.
 ARCHS = ("7.5", "8.0", "9.0")
 

@@ -24,8 +24,7 @@ Status update_min_distances_cpu(const Rows& rows, const Rows& centers, const Par
 Status greedy_coreset_cpu(const Rows& rows, int64_t count, const Parallel& parallel, void* workspace, double* min_squared_distances, int64_t* indices,
                           double* squared_distances);
 
-// ---- The batched algorithm: the same picks, many of them a pass
-// ------------------------------------------------------------------------------------
+// ---- The batched algorithm: the same picks, many of them a pass -----------------------------------------------------------------------------------
 //
 // Greedy selection looks sequential: each pick needs the distances to the pick before. But distances only fall. Order the rows by (value descending,
 // index ascending), take the first B as candidates, and run the greedy loop among them alone: as long as the best candidate comes before the best row

@@ -13,8 +13,7 @@ namespace {
 constexpr int64_t kFirstBatch = 2048;
 constexpr int64_t kSinglePicks = 64;  // after a full batch that gave hardly any: one pick a pass for so many
 
-// ---- Candidates
-// -------------------------------------------------------------------------------------------------------------------------------------
+// ---- Candidates -----------------------------------------------------------------------------------------------------------------------------------
 
 struct Selection {
   int64_t count;       // candidates, ascending by index at the front of run->candidates
@@ -56,8 +55,7 @@ Selection select_candidates(CoresetRun* run, int64_t batch) {
   return selection;
 }
 
-// ---- The chain
-// --------------------------------------------------------------------------------------------------------------------------------------
+// ---- The chain ------------------------------------------------------------------------------------------------------------------------------------
 
 // Memory of the candidates beside their operands.
 struct Chain {

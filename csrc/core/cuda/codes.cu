@@ -1,19 +1,10 @@
-#include "codes.cuh"
-
+// Rows of features as codes (codes.cuh): their coordinates, the contraction, its views, and its matrix in two planes.
 #include "mma.cuh"
+#include "views.cuh"
 
 namespace patchcore::cuda {
 
 namespace {
-
-constexpr int kWarpsOfBlock = 8;
-constexpr int kBlockThreads = kWarpsOfBlock * kWarp;
-constexpr double kStepPercentile = 0.999, kCodePercentile = 0.8;  // as for a bank on the CPU (cpu/bank.cpp), with the same reasons
-
-__device__ __forceinline__ double largest_plane_step(int64_t dim) {
-  const double most = largest_step(dim);
-  return most < kLargestPlaneValue ? most : kLargestPlaneValue;
-}
 
 // Packs four codes, of coordinates j .. j + 3, into the word of their bytes.
 struct Word {
@@ -76,9 +67,9 @@ __device__ __forceinline__ RowSums encode_row(const T* x, int64_t dim, const Enc
   return sums;
 }
 
-__global__ void __launch_bounds__(kBlockThreads) encode_rows_kernel(const Rows rows, const int32_t* map, int64_t count, const Encoding encoding,
-                                                                    const StepRows steps, const CodeRows full, int32_t* flags) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarpsOfBlock + warp_of_thread(), dim = rows.dim, depth = full.depth;
+__global__ void __launch_bounds__(kCodeThreads) encode_rows_kernel(const Rows rows, const int32_t* map, int64_t count, const Encoding encoding,
+                                                                   const StepRows steps, const CodeRows full, int32_t* flags) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kCodeWarps + warp_of_thread(), dim = rows.dim, depth = full.depth;
   if (row >= padded_rows(count)) return;  // a whole warp
   int8_t* codes = full.codes + row * depth;
   int8_t* planes = steps.planes == nullptr ? nullptr : steps.planes + row * 2 * depth;
@@ -113,7 +104,7 @@ constexpr int kContractBytes = kContractStages * (kContractRows + kContractOutpu
 
 __device__ __forceinline__ int swizzled_line(int row, int unit) { return row * kPlaneChunk + ((unit ^ (row >> 1 & 3)) << 4); }  // as in tile_scan.cuh
 
-__global__ void __launch_bounds__(kBlockThreads, 2) contract_kernel(const int8_t* steps, const int8_t* matrix, int64_t depth, int32_t* products) {
+__global__ void __launch_bounds__(kCodeThreads, 2) contract_kernel(const int8_t* steps, const int8_t* matrix, int64_t depth, int32_t* products) {
   PATCHCORE_DYNAMIC_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x), lane = lane_of_thread();
   const int warp_row = warp_of_thread() / 2 * 32, warp_output = warp_of_thread() % 2 * 64;
@@ -177,57 +168,6 @@ __global__ void __launch_bounds__(kBlockThreads, 2) contract_kernel(const int8_t
 
 // ---- Views ----------------------------------------------------------------------------------------------------------------------------------------
 
-// Coordinates of one row in a view, held by a warp: lane l has outputs l, l + 32, ..., all lanes the residual coordinate.
-template <int kCount>
-struct ViewRow {
-  static constexpr int kEach = (kCount + kWarp - 1) / kWarp;
-  double values[kEach];
-  double residual, squared_norm;
-
-  __device__ ViewRow(const int32_t* products, double step_norm) {
-    double squares = 0;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int k = i * kWarp + lane_of_thread();
-      values[i] = k < kCount ? multiply(products[k], 0x1p-14) : 0.0;
-      squares = add(squares, multiply(values[i], values[i]));
-    }
-    squared_norm = warp_sum(squares);
-    residual = residual_coordinate(step_norm, squared_norm);
-  }
-
-  __device__ double largest(double shift) const {
-    double most = fabs(subtract(residual, shift));
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) most = fabs(values[i]) > most ? fabs(values[i]) : most;
-    return warp_max(most);
-  }
-
-  // Codes [kCount + 1] of the row; the result is valid in all lanes. As cpu/encoder.cpp, where the error is derived.
-  __device__ float encode(const ViewScale& view, double step_error, int64_t dim, int8_t* codes, int32_t* norm) const {
-    int32_t norm_part = 0;
-    double error_part = 0;
-    const auto take = [&](int k, double value) {
-      const Int8Code code = int8_code(multiply(view.scale, value));
-      codes[k] = code.code;
-      norm_part += code.code * code.code;
-      error_part = add(error_part, multiply(code.error, code.error));
-    };
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int k = i * kWarp + lane_of_thread();
-      if (k < kCount) take(k, values[i]);
-    }
-    if (lane_of_thread() == kCount % kWarp) take(kCount, subtract(residual, view.shift));
-    *norm = warp_sum(norm_part);
-    const double error_squares = warp_sum(error_part);
-    const double z_norm = inflate(rounded_root(squared_norm), kCount + 4);
-    const double shifted = inflate(multiply(add(residual, fabs(view.shift)), 0x1p-53), 4);
-    const double error = inflate(add(add(step_error, residual_coordinate_error(residual, z_norm, 0, dim)), shifted), 4);
-    return round_up_to_float(inflate(add(residual_bound(error_squares, *norm, kCount + 1), multiply(view.scale, error)), 2));
-  }
-};
-
 template <int kCount>
 __device__ __forceinline__ void encode_view(const int32_t* products, double step_norm, double step_error, const ViewScale& view, int64_t dim,
                                             int64_t row, bool padding, const CodeRows& out) {
@@ -242,113 +182,21 @@ __device__ __forceinline__ void encode_view(const int32_t* products, double step
   if (lane_of_thread() == 0) store_row(out, row, norm, residual, padding);
 }
 
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kCodeThreads)
     encode_views_kernel(const StepRows steps, int64_t count, int64_t dim, const Scales* scales, const CodeRows seed, const CodeRows prefix) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarpsOfBlock + warp_of_thread();
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kCodeWarps + warp_of_thread();
   if (row >= padded_rows(count)) return;
   const int32_t* products = steps.products + row * kProductColumns;
   encode_view<kSeedOutputs>(products, steps.norms[row], steps.errors[row], scales->seed, dim, row, row >= count, seed);
   encode_view<kPrefixOutputs>(products + kSeedOutputs, steps.norms[row], steps.errors[row], scales->prefix, dim, row, row >= count, prefix);
 }
 
-// ---- Scales ---------------------------------------------------------------------------------------------------------------------------------------
-
-__host__ __device__ __forceinline__ int64_t sample_step(int64_t count) { return count > kSampleRows ? count / kSampleRows : 1; }
-__host__ __device__ __forceinline__ int64_t sample_size(int64_t count) { return count < kSampleRows ? count : kSampleRows; }
-
-__global__ void __launch_bounds__(kBlockThreads) mean_of_sample_kernel(const Rows rows, double* center) {
-  const int64_t j = static_cast<int64_t>(blockIdx.x) * kBlockThreads + threadIdx.x;
-  if (j >= rows.dim) return;
-  const int64_t step = sample_step(rows.count), count = sample_size(rows.count);
-  double sum = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    with_row(rows, i * step, [&](const auto* x) {
-      const double value = static_cast<double>(widen(x[j]));
-      if (subtract(value, value) == 0) sum = add(sum, value);  // others are reported elsewhere, and must not spoil every bound until then
-    });
-  }
-  center[j] = sum / static_cast<double>(count);
-}
-
-enum class Sampled { kMagnitude, kSeedResidual, kSeedMagnitude, kPrefixResidual, kPrefixMagnitude };
-
-// sample[i] = the quantity `what` of sampled row i: magnitudes from the features, the others from the products of the sampled rows.
-__global__ void __launch_bounds__(kBlockThreads)
-    sample_kernel(const Rows rows, const double* center, const StepRows steps, const Scales* scales, Sampled what, double* sample) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarpsOfBlock + warp_of_thread();
-  if (i >= sample_size(rows.count)) return;
-  double value = 0;
-  if (what == Sampled::kMagnitude) {
-    with_row(rows, i * sample_step(rows.count), [&](const auto* x) {
-      for (int64_t j = lane_of_thread(); j < rows.dim; j += kWarp) {
-        const double magnitude = fabs(subtract(static_cast<double>(widen(x[j])), center[j]));
-        value = magnitude > value ? magnitude : value;
-      }
-    });
-    value = warp_max(value);
-  } else {
-    const int32_t* products = steps.products + i * kProductColumns;
-    if (what == Sampled::kSeedResidual || what == Sampled::kSeedMagnitude) {
-      const ViewRow<kSeedOutputs> row(products, steps.norms[i]);
-      value = what == Sampled::kSeedResidual ? row.residual : row.largest(scales->seed.shift);
-    } else {
-      const ViewRow<kPrefixOutputs> row(products + kSeedOutputs, steps.norms[i]);
-      value = what == Sampled::kPrefixResidual ? row.residual : row.largest(scales->prefix.shift);
-    }
-  }
-  if (lane_of_thread() == 0) sample[i] = value;
-}
-
-// The value of rank floor((count - 1) share) among sample[0 .. count), by counting; one block. Magnitudes are ordered like their bits (a NaN comes
-// last), which are compared in their place: float64 is slow on most cards.
-__device__ double percentile(const double* sample, int64_t count, double share, double* shared) {
-  const int64_t rank = static_cast<int64_t>(static_cast<double>(count - 1) * share);
-  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
-    const long long own = __double_as_longlong(sample[i]);
-    int before = 0;
-    for (int64_t j = 0; j < count; ++j) {
-      const long long other = __double_as_longlong(sample[j]);
-      before += other < own || (other == own && j < i) ? 1 : 0;
-    }
-    if (before == rank) shared[0] = sample[i];  // one row has this rank
-  }
-  __syncthreads();
-  const double value = shared[0];
-  __syncthreads();
-  return value;
-}
-
-__global__ void __launch_bounds__(1024)
-    choose_scale_kernel(const double* sample, int64_t count, int64_t dim, Sampled what, bool with_steps, Scales* scales) {
-  PATCHCORE_DYNAMIC_SHARED(memory);
-  double* shared = reinterpret_cast<double*>(memory);
-  if (what == Sampled::kSeedResidual || what == Sampled::kPrefixResidual) {
-    if (threadIdx.x != 0) return;
-    double sum = 0;
-    for (int64_t i = 0; i < count; ++i) sum = add(sum, sample[i]);
-    (what == Sampled::kSeedResidual ? scales->seed : scales->prefix).shift = sum / static_cast<double>(count);
-    return;
-  }
-  const double magnitude = percentile(sample, count, kCodePercentile, shared);
-  const double most = what == Sampled::kMagnitude && with_steps ? percentile(sample, count, kStepPercentile, shared) : 0;
-  if (threadIdx.x != 0) return;
-  const double scale = int8_scale(magnitude);
-  if (what == Sampled::kMagnitude) {
-    scales->step_scale = most >= 0x1p-150 && most <= 0x1p130 ? largest_plane_step(dim) / most : 1.0;  // as int8_scale
-    scales->full = {0, scale, scale};
-    return;
-  }
-  ViewScale& view = what == Sampled::kSeedMagnitude ? scales->seed : scales->prefix;
-  view.scale = scale;
-  view.per_unit = inflate(multiply(scale, scales->step_scale), 1);
-}
-
 // ---- The matrix -----------------------------------------------------------------------------------------------------------------------------------
 
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kCodeThreads)
     split_matrix_kernel(const int16_t* matrix, int64_t dim, int64_t depth, int8_t* planes, int32_t* flags) {
   const int output = static_cast<int>(blockIdx.x);
-  for (int64_t j = threadIdx.x; j < depth; j += kBlockThreads) {
+  for (int64_t j = threadIdx.x; j < depth; j += kCodeThreads) {
     const int value = output < kOutputs && j < dim ? matrix[output * dim + j] : 0, lower = ((value + 64) & 127) - 64;
     if (value > kLargestPlaneValue || value < -kLargestPlaneValue) atomicOr(flags, kNoContraction);
     planes[output * 2 * depth + j] = static_cast<int8_t>((value - lower) >> kPlaneBits);
@@ -370,65 +218,39 @@ __global__ void __launch_bounds__(kBlockThreads)
 }
 
 cudaError_t contract(const StepRows& steps, int64_t count, int64_t depth, const int8_t* matrix, cudaStream_t stream) {
-  PATCHCORE_CUDA_TRY(cudaFuncSetAttribute(contract_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kContractBytes));
+  PATCHCORE_CUDA_TRY(allow_shared(contract_kernel, kContractBytes));
   const dim3 grid(static_cast<unsigned>(padded_rows(count) / kContractRows), kProductColumns / kContractOutputs);
-  PATCHCORE_LAUNCH((contract_kernel), grid, dim3(kBlockThreads), kContractBytes, stream, steps.planes, matrix, depth, steps.products);
+  PATCHCORE_LAUNCH((contract_kernel), grid, dim3(kCodeThreads), kContractBytes, stream, steps.planes, matrix, depth, steps.products);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t encode_rows(const Rows& rows, const int32_t* map, int64_t count, const Encoding& encoding, const StepRows& steps, const CodeRows& full,
-                        const CodeRows& seed, const CodeRows& prefix, int32_t* flags, cudaStream_t stream) {
+cudaError_t encode_steps(const Rows& rows, const int32_t* map, int64_t count, const Encoding& encoding, const StepRows& steps, const CodeRows& full,
+                         int32_t* flags, cudaStream_t stream) {
   const int64_t padded = padded_rows(count);
-  const dim3 grid(static_cast<unsigned>(blocks_of(padded, kWarpsOfBlock)));
+  const dim3 grid(static_cast<unsigned>(blocks_of(padded, kCodeWarps)));
   const bool prefixes = encoding.matrix != nullptr;
   PATCHCORE_CUDA_TRY(cudaMemsetAsync(full.tile_residuals, 0, static_cast<size_t>(padded / 128) * sizeof(float), stream));
-  PATCHCORE_LAUNCH((encode_rows_kernel), grid, dim3(kBlockThreads), 0, stream, rows, map, count, encoding, prefixes ? steps : StepRows{}, full,
-                   flags);
+  PATCHCORE_LAUNCH((encode_rows_kernel), grid, dim3(kCodeThreads), 0, stream, rows, map, count, encoding, prefixes ? steps : StepRows{}, full, flags);
   PATCHCORE_CUDA_TRY(cudaGetLastError());
-  if (!prefixes) return cudaSuccess;
-  PATCHCORE_CUDA_TRY(contract(steps, count, full.depth, encoding.matrix, stream));
+  return prefixes ? contract(steps, count, full.depth, encoding.matrix, stream) : cudaSuccess;
+}
+
+cudaError_t encode_rows(const Rows& rows, const int32_t* map, int64_t count, const Encoding& encoding, const StepRows& steps, const CodeRows& full,
+                        const CodeRows& seed, const CodeRows& prefix, int32_t* flags, cudaStream_t stream) {
+  PATCHCORE_CUDA_TRY(encode_steps(rows, map, count, encoding, steps, full, flags, stream));
+  if (encoding.matrix == nullptr) return cudaSuccess;
+  const int64_t padded = padded_rows(count);
+  const dim3 grid(static_cast<unsigned>(blocks_of(padded, kCodeWarps)));
   PATCHCORE_CUDA_TRY(cudaMemsetAsync(seed.tile_residuals, 0, static_cast<size_t>(padded / 128) * sizeof(float), stream));
   PATCHCORE_CUDA_TRY(cudaMemsetAsync(prefix.tile_residuals, 0, static_cast<size_t>(padded / 128) * sizeof(float), stream));
-  PATCHCORE_LAUNCH((encode_views_kernel), grid, dim3(kBlockThreads), 0, stream, steps, count, rows.dim, encoding.scales, seed, prefix);
+  PATCHCORE_LAUNCH((encode_views_kernel), grid, dim3(kCodeThreads), 0, stream, steps, count, rows.dim, encoding.scales, seed, prefix);
   return cudaGetLastError();
-}
-
-cudaError_t mean_of_sample(const Rows& rows, double* center, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(blocks_of(rows.dim, kBlockThreads)));
-  PATCHCORE_LAUNCH((mean_of_sample_kernel), grid, dim3(kBlockThreads), 0, stream, rows, center);
-  return cudaGetLastError();
-}
-
-cudaError_t choose_scales(const Rows& rows, const Encoding& encoding, const StepRows& steps, const CodeRows& full, double* sample, Scales* scales,
-                          int32_t* flags, cudaStream_t stream) {
-  const int64_t count = sample_size(rows.count);
-  const auto choose = [&](Sampled what) {
-    const dim3 grid(static_cast<unsigned>(blocks_of(count, kWarpsOfBlock)));
-    PATCHCORE_LAUNCH((sample_kernel), grid, dim3(kBlockThreads), 0, stream, rows, encoding.center, steps, encoding.scales, what, sample);
-    PATCHCORE_CUDA_TRY(cudaGetLastError());
-    PATCHCORE_LAUNCH((choose_scale_kernel), dim3(1), dim3(1024), sizeof(double), stream, sample, count, rows.dim, what, encoding.matrix != nullptr,
-                     scales);
-    return cudaGetLastError();
-  };
-  PATCHCORE_CUDA_TRY(choose(Sampled::kMagnitude));
-  if (encoding.matrix == nullptr) return cudaSuccess;
-  Rows sampled = rows;  // the sampled rows lie one stride apart
-  sampled.count = count;
-  sampled.stride = rows.stride * sample_step(rows.count);
-  const dim3 grid(static_cast<unsigned>(blocks_of(padded_rows(count), kWarpsOfBlock)));
-  PATCHCORE_CUDA_TRY(cudaMemsetAsync(full.tile_residuals, 0, static_cast<size_t>(padded_rows(count) / 128) * sizeof(float), stream));
-  PATCHCORE_LAUNCH((encode_rows_kernel), grid, dim3(kBlockThreads), 0, stream, sampled, nullptr, count, encoding, steps, full, flags);
-  PATCHCORE_CUDA_TRY(cudaGetLastError());
-  PATCHCORE_CUDA_TRY(contract(steps, count, full.depth, encoding.matrix, stream));
-  for (const Sampled what : {Sampled::kSeedResidual, Sampled::kSeedMagnitude, Sampled::kPrefixResidual, Sampled::kPrefixMagnitude})
-    PATCHCORE_CUDA_TRY(choose(what));
-  return cudaSuccess;
 }
 
 cudaError_t split_matrix(const int16_t* matrix, int64_t dim, int8_t* planes, int32_t* flags, cudaStream_t stream) {
-  PATCHCORE_LAUNCH((split_matrix_kernel), dim3(kProductColumns), dim3(kBlockThreads), 0, stream, matrix, dim, full_depth(dim), planes, flags);
+  PATCHCORE_LAUNCH((split_matrix_kernel), dim3(kProductColumns), dim3(kCodeThreads), 0, stream, matrix, dim, full_depth(dim), planes, flags);
   return cudaGetLastError();
 }
 

@@ -105,6 +105,10 @@ struct Encoding {
 cudaError_t encode_rows(const Rows& rows, const int32_t* map, int64_t count, const Encoding& encoding, const StepRows& steps, const CodeRows& full,
                         const CodeRows& seed, const CodeRows& prefix, int32_t* flags, cudaStream_t stream);
 
+// The first part of it: `full`, and with a matrix steps.products.
+cudaError_t encode_steps(const Rows& rows, const int32_t* map, int64_t count, const Encoding& encoding, const StepRows& steps, const CodeRows& full,
+                         int32_t* flags, cudaStream_t stream);
+
 // center[j] = the mean of a sample: good enough for rows that are used once.
 cudaError_t mean_of_sample(const Rows& rows, double* center, cudaStream_t stream);
 

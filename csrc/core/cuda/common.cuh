@@ -113,6 +113,12 @@ inline __device__ __noinline__ double half_warp_distance(const Rows& a, int64_t 
 __host__ __device__ inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 inline int64_t blocks_of(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
 
+// More than 48 KiB of shared memory must be asked for.
+template <class Kernel>
+cudaError_t allow_shared(Kernel* kernel, int bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
 // Cuts a block of memory into aligned arrays; with null memory only the sizes count.
 class Pieces {
  public:

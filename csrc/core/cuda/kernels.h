@@ -61,8 +61,7 @@ cudaError_t coreset_passes_cuda(const Rows& rows, const void* codes, int64_t pas
 cudaError_t greedy_by_all_cuda(const Rows& rows, int64_t count, int32_t* picked, double* min_squared_distances, int64_t* indices,
                                double* squared_distances, int32_t* flags, cudaStream_t stream);
 
-// ---- Nearest neighbours (knn.h) and the image score (image_score.h)
-// ---------------------------------------------------------------------------------
+// ---- Nearest neighbours (knn.h) and the image score (image_score.h) -------------------------------------------------------------------------------
 
 // Prefixes of the rotation have fixed lengths on the device.
 constexpr int64_t kSeedPrefix = 63, kLongPrefix = 191;

@@ -1,6 +1,7 @@
 // Exact nearest neighbours. A search is: encode the queries; find a near bank row of each by the seed codes; know the distances of the k places
 // around it, whose largest is a bound; filter the bank by the prefix, or where the prefix is of no use by all coordinates; merge.
 #include "nearest.cuh"
+#include "sorted_list.cuh"
 
 namespace patchcore::cuda {
 
@@ -11,143 +12,8 @@ constexpr int64_t kMostListBytes = int64_t{256} << 20;
 constexpr int64_t kMostQueries = 32768;  // at a time
 constexpr int kTrialBlocks = 8, kTrialTiles = 8;
 constexpr int kPrefixPays = 32;  // the prefix is used when it leaves at most one pair in so many: a survivor costs about as much as so many products
-constexpr int kSparseSeeds = 4;  // without seed codes, one tile in so many is scanned for a near row
 
-// ---- Sorted lists
-// -----------------------------------------------------------------------------------------------------------------------------------
-
-// Puts (distance, row) into a sorted list of k, whose last entry falls out. By a warp, 32 entries at a time from the end; the new entry must come
-// before the last one.
-__device__ __forceinline__ void insert(double* distances, int32_t* rows, int64_t k, double distance, int32_t row) {
-  const int lane = lane_of_thread();
-  for (int64_t begin = (k - 1) / kWarp * kWarp;; begin -= kWarp) {
-    const int64_t at = begin + lane;
-    const bool inside = at < k;
-    const double held = inside ? distances[at] : 0;
-    const int32_t held_row = inside ? rows[at] : 0;
-    const bool behind = inside && nearer(distance, row, held, held_row);
-    __syncwarp();  // all have read
-    if (behind && at + 1 < k) {
-      distances[at + 1] = held;
-      rows[at + 1] = held_row;
-    }
-    const uint32_t ahead = __ballot_sync(kAllLanes, inside && !behind);
-    if (ahead != 0 || begin == 0) {
-      const int64_t place = begin + __popc(ahead);
-      __syncwarp();  // the entry that lay there has moved
-      if (lane == 0) {
-        distances[place] = distance;
-        rows[place] = row;
-      }
-      __syncwarp();
-      return;
-    }
-  }
-}
-
-// ---- Seeds
-// ------------------------------------------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ unsigned long long near_code(int sum, int64_t place) {
-  return static_cast<unsigned long long>(static_cast<uint32_t>(sum) ^ 0x80000000u) << 32 | static_cast<uint32_t>(place);
-}
-
-// The bank row with the largest a . b - n_b / 2 by codes, that is the nearest one, in each share of the bank; nearly so: of a sum its last four bits
-// give way to the number of the thread's column, so that one maximum a pair finds both.
-template <class S>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    near_codes_kernel(const ScanOperands operands, int64_t num_places, int64_t chunk, int tiles_per_split, int tile_step, const Evidence evidence,
-                      unsigned long long* near_codes) {
-  PATCHCORE_DYNAMIC_SHARED(shared);
-  static_assert(S::kColumnSteps * 2 == 16);
-  if (evidence.speaks_against()) return;
-  auto* best = reinterpret_cast<unsigned long long*>(shared + S::kSharedBytes);  // [kTileRows]
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTileRows;
-  TileRange range = share_of_block(num_places, tiles_per_split);
-  range = {range.first, (range.count + tile_step - 1) / tile_step, tile_step};
-  if (threadIdx.x < kTileRows) best[threadIdx.x] = 0;
-  int most[S::kRowSteps][2], tile_of_most[S::kRowSteps][2];
-#pragma unroll
-  for (int m = 0; m < S::kRowSteps; ++m)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      most[m][h] = INT32_MIN;
-      tile_of_most[m][h] = range.first;
-    }
-  scan_tiles<S>(operands, shared, range, [&](const typename S::Sums& sums, int tile) {
-#pragma unroll
-    for (int m = 0; m < S::kRowSteps; ++m)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        int largest = INT32_MIN;
-#pragma unroll
-        for (int n = 0; n < S::kColumnSteps; ++n)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int sum = (sums[m][n][h * 2 + e] & ~15) | (n * 2 + e);
-            largest = sum > largest ? sum : largest;
-          }
-        tile_of_most[m][h] = largest > most[m][h] ? tile : tile_of_most[m][h];
-        most[m][h] = largest > most[m][h] ? largest : most[m][h];
-      }
-  });
-  __syncthreads();  // best is zero, whether or not there was a tile
-#pragma unroll
-  for (int m = 0; m < S::kRowSteps; ++m)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int column = S::column_of((most[m][h] & 15) / 2, most[m][h] & 1);
-      atomicMax(&best[S::row_of(m, h)], near_code(most[m][h] & ~15, static_cast<int64_t>(tile_of_most[m][h]) * kTileColumns + column));
-    }
-  __syncthreads();
-  if (threadIdx.x < kTileRows) near_codes[blockIdx.y * chunk + first_row + threadIdx.x] = best[threadIdx.x];
-}
-
-// The distances of the k places around each query's seed, sorted. A warp a query.
-__global__ void __launch_bounds__(kThreads)
-    seed_runs_kernel(const Rows queries, const int32_t* map, int64_t count, const Rows bank, const int32_t* order, int64_t k, int64_t splits,
-                     const Evidence evidence, const SearchMemory memory) {
-  if (evidence.speaks_against()) return;
-  const int64_t query = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + warp_of_thread();
-  if (query >= count) return;  // a whole warp
-  const int lane = lane_of_thread(), half = lane / kLanes;
-  unsigned long long best = lane < splits ? memory.near_codes[lane * memory.chunk + query] : 0;
-  for (int width = kWarp / 2; width > 0; width /= 2) {
-    const unsigned long long other = __shfl_xor_sync(kAllLanes, best, width);
-    best = other > best ? other : best;
-  }
-  int64_t begin = static_cast<int64_t>(best & 0xffffffffu) - k / 2;
-  begin = begin + k > bank.count ? bank.count - k : begin;
-  begin = begin < 0 ? 0 : begin;
-  double* distances = memory.list_distances + query * k;
-  int32_t* rows = memory.list_rows + query * k;
-  for (int64_t i = lane; i < k; i += kWarp) {
-    distances[i] = INFINITY;
-    rows[i] = kNoRow;
-  }
-  __syncwarp();
-  const int64_t row = map == nullptr ? query : map[query];
-  for (int64_t i = 0; i < k; i += 2) {
-    const int64_t place = begin + (half == 1 && i + 1 < k ? i + 1 : i);
-    const int32_t bank_row = order == nullptr ? static_cast<int32_t>(place) : order[place];
-    const double distance = half_warp_distance(queries, row, bank, bank_row);
-    for (int h = 0; h < 2 && i + h < k; ++h) {
-      const double offered = __shfl_sync(kAllLanes, distance, h * kLanes);
-      const int32_t offered_row = __shfl_sync(kAllLanes, bank_row, h * kLanes);
-      if (nearer(offered, offered_row, distances[k - 1], rows[k - 1])) {
-        __syncwarp();  // all have read the last one
-        insert(distances, rows, k, offered, offered_row);
-      }
-    }
-  }
-  if (lane != 0) return;
-  memory.seed_begin[query] = static_cast<int32_t>(begin);
-  memory.seed_keys[query] = distances[k - 1];
-  memory.seed_rows[query] = rows[k - 1];
-}
-
-// ---- The filter
-// -------------------------------------------------------------------------------------------------------------------------------------
+// ---- The filter -----------------------------------------------------------------------------------------------------------------------------------
 
 // filter.cuh's policy of a search. The list of a query and share begins empty; the seeds' run is a list of its own, whose last entry bounds them all.
 struct NearestPolicy {
@@ -215,8 +81,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (lane_of_thread() == 0) atomicAdd(survivors, found);
 }
 
-// ---- The merge
-// --------------------------------------------------------------------------------------------------------------------------------------
+// ---- The merge ------------------------------------------------------------------------------------------------------------------------------------
 
 // Merges the sorted lists of each query: a warp a query, lane l holds the head of list l.
 __global__ void __launch_bounds__(kThreads)
@@ -260,25 +125,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- Host side
-// --------------------------------------------------------------------------------------------------------------------------------------
-
-// More than 48 KiB of shared memory must be asked for.
-template <class Kernel>
-cudaError_t allow_shared(Kernel* kernel, int bytes) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-}
+// ---- Host side ------------------------------------------------------------------------------------------------------------------------------------
 
 int64_t multiprocessors() {
   int device = 0, count = 0;
   if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
   return count;
 }
-
-struct Split {
-  int64_t splits;
-  int tiles_per_split;
-};
 
 // Shares of the bank: enough that all blocks together fill the device's places, two a multiprocessor, and no more than make the last of their waves
 // full.
@@ -295,18 +148,6 @@ Split split_bank(int64_t count_a, int64_t places, int64_t most) {
 }
 
 template <class S>
-cudaError_t find_near_codes(const CodeRows& queries, const CodeRows& bank, int64_t count, int64_t places, int tile_step, const Evidence& evidence,
-                            const Split& split, const SearchMemory& memory, cudaStream_t stream) {
-  constexpr int kBytes = S::kSharedBytes + kTileRows * 8;
-  PATCHCORE_CUDA_TRY(allow_shared(near_codes_kernel<S>, kBytes));
-  const ScanOperands operands = {queries.codes, bank.codes, bank.starts, bank.depth};
-  const dim3 grid(static_cast<unsigned>(blocks_of(count, kTileRows)), static_cast<unsigned>(split.splits));
-  PATCHCORE_LAUNCH((near_codes_kernel<S>), grid, dim3(kThreads), kBytes, stream, operands, places, memory.chunk, split.tiles_per_split, tile_step,
-                   evidence, memory.near_codes);
-  return cudaGetLastError();
-}
-
-template <class S>
 cudaError_t filter(const FilterArguments& arguments, const NearestPolicy& policy, const Split& split, cudaStream_t stream) {
   PATCHCORE_CUDA_TRY(allow_shared(nearest_kernel<S>, filter_shared_bytes<S>()));
   const dim3 grid(static_cast<unsigned>(blocks_of(arguments.count_a, kTileRows)), static_cast<unsigned>(split.splits));
@@ -318,27 +159,12 @@ cudaError_t filter_by_all(const FilterArguments& arguments, const NearestPolicy&
   return arguments.a.first.depth == 64 ? filter<Scan<64>>(arguments, policy, split, stream) : filter<Scan<0>>(arguments, policy, split, stream);
 }
 
-// Both filters of a search, and what their seeds are found by.
+// Both filters of a search.
 struct Filters {
   FilterArguments by_prefix, by_all;
   NearestPolicy policy;
   Split split;
 };
-
-// A near row of each query by the seed codes, or by those of all coordinates: then in every kSparseSeeds-th tile. And the distances of the run around
-// it.
-cudaError_t find_seeds(const Filters& filters, const Rows& queries, const int32_t* map, const Bank& bank, bool by_seed_codes,
-                       const Evidence& evidence, const SearchMemory& memory, cudaStream_t stream) {
-  const int64_t count = filters.by_all.count_a, places = filters.by_all.count_b, k = filters.policy.k;
-  const Split& split = filters.split;
-  PATCHCORE_CUDA_TRY(by_seed_codes ? find_near_codes<Scan<kSeedDepth>>(memory.seed, bank.seed, count, places, 1, evidence, split, memory, stream)
-                     : bank.full.depth == 64
-                         ? find_near_codes<Scan<64>>(memory.full, bank.full, count, places, kSparseSeeds, evidence, split, memory, stream)
-                         : find_near_codes<Scan<0>>(memory.full, bank.full, count, places, kSparseSeeds, evidence, split, memory, stream));
-  PATCHCORE_LAUNCH((seed_runs_kernel), dim3(static_cast<unsigned>(blocks_of(count, kThreads / kWarp))), dim3(kThreads), 0, stream, queries, map,
-                   count, bank.rows, bank.order, k, split.splits, evidence, memory);
-  return cudaGetLastError();
-}
 
 // Tries the prefix: *limit is what it may leave of the pairs tried, memory.survivors what it did.
 cudaError_t try_prefix(const Filters& filters, const SearchMemory& memory, unsigned long long* limit, cudaStream_t stream) {
@@ -359,11 +185,12 @@ cudaError_t try_prefix(const Filters& filters, const SearchMemory& memory, unsig
 cudaError_t filter_bank(Filters filters, const Rows& queries, const int32_t* map, const Bank& bank, int prefix, const SearchMemory& memory,
                         cudaStream_t stream) {
   const Split& split = filters.split;
+  const int64_t count = filters.by_all.count_a, k = filters.policy.k;
   if (!bank.with_prefixes() || prefix < 0) {
-    PATCHCORE_CUDA_TRY(find_seeds(filters, queries, map, bank, false, {}, memory, stream));
+    PATCHCORE_CUDA_TRY(find_seeds(queries, map, count, bank, k, split, false, {}, memory, stream));
     return filter_by_all(filters.by_all, filters.policy, split, stream);
   }
-  PATCHCORE_CUDA_TRY(find_seeds(filters, queries, map, bank, true, {}, memory, stream));
+  PATCHCORE_CUDA_TRY(find_seeds(queries, map, count, bank, k, split, true, {}, memory, stream));
   if (prefix > 0) return filter<Scan<kPrefixDepth>>(filters.by_prefix, filters.policy, split, stream);
   unsigned long long limit = 0;
   PATCHCORE_CUDA_TRY(try_prefix(filters, memory, &limit, stream));
@@ -371,7 +198,7 @@ cudaError_t filter_bank(Filters filters, const Rows& queries, const int32_t* map
   filters.by_all.evidence = {memory.survivors, limit, false};
   PATCHCORE_CUDA_TRY(filter<Scan<kPrefixDepth>>(filters.by_prefix, filters.policy, split, stream));
   // Where the prefix says little, so did the seed codes.
-  PATCHCORE_CUDA_TRY(find_seeds(filters, queries, map, bank, false, filters.by_all.evidence, memory, stream));
+  PATCHCORE_CUDA_TRY(find_seeds(queries, map, count, bank, k, split, false, filters.by_all.evidence, memory, stream));
   return filter_by_all(filters.by_all, filters.policy, split, stream);
 }
 
@@ -399,12 +226,18 @@ cudaError_t search_chunk(const Rows& queries, const int32_t* map, int64_t count,
   by_prefix.b.full = bank.full;
   by_prefix.first_per_unit = &bank.encoding.scales->prefix.per_unit;
   PATCHCORE_CUDA_TRY(filter_bank(filters, queries, map, bank, prefix, memory, stream));
-  PATCHCORE_LAUNCH((merge_kernel), dim3(static_cast<unsigned>(blocks_of(count, kThreads / kWarp))), dim3(kThreads), 0, stream, count, k,
-                   1 + filters.split.splits, stride, memory.list_distances, memory.list_rows, memory.full.residuals, squared_distances, indices);
-  return cudaGetLastError();
+  return merge_lists(count, k, 1 + filters.split.splits, stride, memory.list_distances, memory.list_rows, memory.full.residuals, squared_distances,
+                     indices, stream);
 }
 
 }  // namespace
+
+cudaError_t merge_lists(int64_t count, int64_t k, int64_t lists, int64_t list_stride, const double* list_distances, const int32_t* list_rows,
+                        const float* residuals, double* squared_distances, int64_t* indices, cudaStream_t stream) {
+  PATCHCORE_LAUNCH((merge_kernel), dim3(static_cast<unsigned>(blocks_of(count, kThreads / kWarp))), dim3(kThreads), 0, stream, count, k, lists,
+                   list_stride, list_distances, list_rows, residuals, squared_distances, indices);
+  return cudaGetLastError();
+}
 
 SearchMemory search_memory(int64_t num_queries, const Rows& bank, bool with_prefixes, int64_t k, Pieces* pieces) {
   SearchMemory memory = {};
@@ -445,160 +278,6 @@ cudaError_t search(const Rows& queries, const int32_t* map, int64_t count, const
                                     indices + begin * k, counters, flags, stream));
   }
   return cudaSuccess;
-}
-
-// ---- All pairs
-// --------------------------------------------------------------------------------------------------------------------------------------
-
-namespace {
-
-// For rows too long for codes (filter.h, kMaxFilterDim): every distance. A warp a query; list [count, k].
-__global__ void __launch_bounds__(kThreads)
-    all_pairs_kernel(const Rows queries, const int32_t* map, int64_t count, const Rows bank, int64_t k, double* list, int32_t* list_rows) {
-  const int64_t query = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + warp_of_thread();
-  if (query >= count) return;
-  const int half = lane_of_thread() / kLanes;
-  const int64_t asked = map == nullptr ? query : map[query];
-  double* distances = list + query * k;
-  int32_t* rows = list_rows + query * k;
-  for (int64_t i = lane_of_thread(); i < k; i += kWarp) {
-    distances[i] = INFINITY;
-    rows[i] = kNoRow;
-  }
-  __syncwarp();
-  for (int64_t row = 0; row < bank.count; row += 2) {
-    const bool two = row + 1 < bank.count;
-    const double distance = half_warp_distance(queries, asked, bank, half == 1 && two ? row + 1 : row);
-    for (int h = 0; h < (two ? 2 : 1); ++h) {
-      const double offered = __shfl_sync(kAllLanes, distance, h * kLanes);
-      if (nearer(offered, static_cast<int32_t>(row) + h, distances[k - 1], rows[k - 1])) {
-        __syncwarp();  // all have read the last one
-        insert(distances, rows, k, offered, static_cast<int32_t>(row) + h);
-      }
-    }
-  }
-}
-
-__global__ void __launch_bounds__(kThreads) finite_rows_kernel(const Rows rows, const int32_t* map, int64_t count, float* marks, int32_t* flags) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + warp_of_thread();
-  if (row >= count) return;
-  bool finite = true;
-  with_row(rows, map == nullptr ? row : map[row], [&](const auto* x) {
-    for (int64_t j = lane_of_thread(); j < rows.dim; j += kWarp) finite = finite && widen(x[j]) - widen(x[j]) == 0;
-  });
-  finite = __all_sync(kAllLanes, finite) != 0;
-  if (lane_of_thread() != 0) return;
-  if (!finite) atomicOr(flags, kNonFinite);
-  if (marks != nullptr) marks[row] = finite ? 0.0f : __uint_as_float(0x7fc00000u);
-}
-
-}  // namespace
-
-AllPairsMemory all_pairs_memory(int64_t count, int64_t k, Pieces* pieces) {
-  return {pieces->take<double>(count * k), pieces->take<int32_t>(count * k), pieces->take<float>(count)};
-}
-
-cudaError_t search_all_pairs(const Rows& queries, const int32_t* map, int64_t count, const Rows& bank, int64_t k, const AllPairsMemory& memory,
-                             double* squared_distances, int64_t* indices, int32_t* flags, cudaStream_t stream) {
-  const dim3 warps(static_cast<unsigned>(blocks_of(count, kThreads / kWarp))),
-      bank_warps(static_cast<unsigned>(blocks_of(bank.count, kThreads / kWarp)));
-  PATCHCORE_LAUNCH((finite_rows_kernel), warps, dim3(kThreads), 0, stream, queries, map, count, memory.marks, flags);
-  PATCHCORE_CUDA_TRY(cudaGetLastError());
-  PATCHCORE_LAUNCH((finite_rows_kernel), bank_warps, dim3(kThreads), 0, stream, bank, nullptr, bank.count, nullptr, flags);
-  PATCHCORE_CUDA_TRY(cudaGetLastError());
-  PATCHCORE_LAUNCH((all_pairs_kernel), warps, dim3(kThreads), 0, stream, queries, map, count, bank, k, memory.list, memory.list_rows);
-  PATCHCORE_CUDA_TRY(cudaGetLastError());
-  PATCHCORE_LAUNCH((merge_kernel), warps, dim3(kThreads), 0, stream, count, k, 1, count * k, memory.list, memory.list_rows, memory.marks,
-                   squared_distances, indices);
-  return cudaGetLastError();
-}
-
-// ---- Banks
-// ------------------------------------------------------------------------------------------------------------------------------------------
-
-Bank bank_at(const Rows& bank, bool with_prefixes, Pieces* pieces) {
-  Bank at = {};
-  at.rows = bank;
-  at.encoding.scales = pieces->take<Scales>(1);
-  at.encoding.center = pieces->take<double>(bank.dim);
-  at.full = code_rows_at(bank.count, full_depth(bank.dim), pieces);
-  if (!with_prefixes) return at;
-  at.encoding.matrix = pieces->take<int8_t>(kProductColumns * 2 * full_depth(bank.dim));
-  at.seed = code_rows_at(bank.count, kSeedDepth, pieces);
-  at.prefix = code_rows_at(bank.count, kPrefixDepth, pieces);
-  return at;
-}
-
-Bank prepared_bank_at(const Rows& bank, bool with_prefixes, const void* prepared) {
-  Pieces pieces(const_cast<void*>(prepared));  // read only: Bank serves the preparation as well
-  const int32_t* order = pieces.take<int32_t>(bank.count);
-  Bank at = bank_at(bank, with_prefixes, &pieces);
-  at.order = order;
-  return at;
-}
-
-int64_t prepared_bank_bytes(int64_t count, int64_t dim, bool with_prefixes) {
-  Pieces pieces(nullptr);
-  pieces.take<int32_t>(count);
-  bank_at({nullptr, ScalarType::kFloat32, count, dim, dim}, with_prefixes, &pieces);
-  return pieces.used();
-}
-
-namespace {
-
-struct PrepareMemory {
-  double* sample;
-  StepRows steps;
-};
-
-PrepareMemory prepare_memory(int64_t count, int64_t dim, bool with_prefixes, Pieces* pieces) {
-  PrepareMemory memory = {};
-  memory.sample = pieces->take<double>(kSampleRows);
-  if (with_prefixes) memory.steps = step_rows_at(count < kEncodeChunk ? count : kEncodeChunk, dim, pieces);
-  return memory;
-}
-
-}  // namespace
-
-int64_t prepare_bank_workspace_bytes(int64_t count, int64_t dim, bool with_prefixes) {
-  Pieces pieces(nullptr);
-  prepare_memory(count, dim, with_prefixes, &pieces);
-  return pieces.used();
-}
-
-cudaError_t prepare_bank_cuda(const Rows& bank, const double* center, const int16_t* matrix, const int32_t* order, bool with_prefixes,
-                              void* workspace, void* prepared, int32_t* flags, cudaStream_t stream) {
-  Pieces pieces(workspace);
-  const PrepareMemory memory = prepare_memory(bank.count, bank.dim, with_prefixes, &pieces);
-  const Bank at = prepared_bank_at(bank, with_prefixes, prepared);
-  const Encoding& encoding = at.encoding;
-  const auto bytes = [](int64_t count, size_t each) { return static_cast<size_t>(count) * each; };
-  PATCHCORE_CUDA_TRY(cudaMemcpyAsync(const_cast<int32_t*>(at.order), order, bytes(bank.count, sizeof(int32_t)), cudaMemcpyDeviceToDevice, stream));
-  PATCHCORE_CUDA_TRY(
-      cudaMemcpyAsync(const_cast<double*>(encoding.center), center, bytes(bank.dim, sizeof(double)), cudaMemcpyDeviceToDevice, stream));
-  if (with_prefixes) PATCHCORE_CUDA_TRY(split_matrix(matrix, bank.dim, const_cast<int8_t*>(encoding.matrix), flags, stream));
-  PATCHCORE_CUDA_TRY(choose_scales(bank, encoding, memory.steps, at.full, memory.sample, const_cast<Scales*>(encoding.scales), flags, stream));
-  const int64_t chunk = with_prefixes ? kEncodeChunk : bank.count;
-  for (int64_t begin = 0; begin < bank.count; begin += chunk) {
-    const int64_t count = bank.count - begin < chunk ? bank.count - begin : chunk;
-    const CodeRows none = {};
-    PATCHCORE_CUDA_TRY(encode_rows(bank, order + begin, count, encoding, memory.steps, rows_from(at.full, begin),
-                                   with_prefixes ? rows_from(at.seed, begin) : none, with_prefixes ? rows_from(at.prefix, begin) : none, flags,
-                                   stream));
-  }
-  return cudaSuccess;
-}
-
-OneOff one_off_at(const Rows& bank, Pieces* pieces) {
-  const Bank at = bank_at(bank, false, pieces);
-  return {at, pieces->take<double>(kSampleRows)};
-}
-
-cudaError_t encode_one_off(const Rows& bank, const OneOff& memory, int32_t* flags, cudaStream_t stream) {
-  const Encoding& encoding = memory.bank.encoding;
-  PATCHCORE_CUDA_TRY(mean_of_sample(bank, const_cast<double*>(encoding.center), stream));
-  PATCHCORE_CUDA_TRY(choose_scales(bank, encoding, {}, {}, memory.sample, const_cast<Scales*>(encoding.scales), flags, stream));
-  return encode_rows(bank, nullptr, bank.count, encoding, {}, memory.bank.full, {}, {}, flags, stream);
 }
 
 int64_t nearest_neighbors_workspace_bytes(const Rows& queries, const Rows& bank, bool is_prepared, bool with_prefixes, int64_t k) {

@@ -1,4 +1,4 @@
-// The search as a sequence of launches; shared by the nearest neighbours and the image score.
+// Banks, and the search as a sequence of launches: shared by its parts (seeds.cu, all_pairs.cu, bank.cu) and the image score.
 #pragma once
 
 #include "filter.cuh"
@@ -18,7 +18,6 @@ struct Bank {
 // The memory of a bank's codes, and of encoding `chunk` rows at a time.
 Bank bank_at(const Rows& bank, bool with_prefixes, Pieces* pieces);
 Bank prepared_bank_at(const Rows& bank, bool with_prefixes, const void* prepared);
-constexpr int64_t kEncodeChunk = 16384;
 
 // The codes of a bank for one call: no prefixes, no order.
 struct OneOff {
@@ -42,6 +41,21 @@ struct SearchMemory {
   int32_t* list_rows;
   unsigned long long* survivors;  // of a trial of the prefix
 };
+
+// How the bank is shared out among blocks.
+struct Split {
+  int64_t splits;
+  int tiles_per_split;
+};
+
+// Finds a near row of each query by the seed codes, or by those of all coordinates: then in a part of the tiles. Fills memory.near_codes, seed_*, and
+// the first list: the distances of the run of k places around it.
+cudaError_t find_seeds(const Rows& queries, const int32_t* map, int64_t count, const Bank& bank, int64_t k, const Split& split, bool by_seed_codes,
+                       const Evidence& evidence, const SearchMemory& memory, cudaStream_t stream);
+
+// Merges sorted lists [lists <= 32][count, k], list_stride apart. residuals [count]: NaN where a query is not finite, which gets NaN and index 0.
+cudaError_t merge_lists(int64_t count, int64_t k, int64_t lists, int64_t list_stride, const double* list_distances, const int32_t* list_rows,
+                        const float* residuals, double* squared_distances, int64_t* indices, cudaStream_t stream);
 
 SearchMemory search_memory(int64_t num_queries, const Rows& bank, bool with_prefixes, int64_t k, Pieces* pieces);
 

@@ -34,18 +34,26 @@ CORE, SIMT = ROOT / "csrc" / "core", ROOT / "csrc" / "tests" / "simt"
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-Wno-unknown-pragmas", "-DPATCHCORE_SIMT", "-fPIC", "-fvisibility-inlines-hidden"]
 BARRIER = re.compile(r"__syncthreads\(\);|__syncwarp\(\);|__threadfence\(\);|cp_async_wait<[^>;]*>\(\);")
 MOST_SECONDS = 120  # of CPU for a test; what hangs has failed
-UNITS = ["codes", "coreset", "image_score", "nearest", "projection"]
+UNITS = sorted(path.stem for path in (CORE / "cuda").glob("*.cu"))
 # Which tests a file's mutations run, those that show them soonest first.
 TESTS_OF_FILE = {
-    "filter.h": ["test_filter", "test_cuda_codes", "test_cuda_coreset", "test_cuda_knn"],
+    "filter.h": ["test_filter", "test_filter_float", "test_cuda_codes", "test_cuda_coreset", "test_cuda_knn"],
     "cuda/codes.cu": ["test_cuda_codes", "test_cuda_knn"],
     "cuda/codes.cuh": ["test_cuda_codes", "test_cuda_knn"],
-    "cuda/coreset.cu": ["test_cuda_coreset"],
+    "cuda/scales.cu": ["test_cuda_codes", "test_cuda_knn"],
+    "cuda/views.cuh": ["test_cuda_codes", "test_cuda_knn"],
+    "cuda/candidates.cu": ["test_cuda_coreset"],
     "cuda/chain.cuh": ["test_cuda_coreset"],
-    "cuda/nearest.cu": ["test_cuda_knn"],
+    "cuda/coreset.cu": ["test_cuda_coreset"],
+    "cuda/update.cu": ["test_cuda_coreset"],
+    "cuda/all_pairs.cu": ["test_cuda_knn"],
     "cuda/image_score.cu": ["test_cuda_knn"],
+    "cuda/nearest.cu": ["test_cuda_knn"],
+    "cuda/seeds.cu": ["test_cuda_knn"],
+    "cuda/sorted_list.cuh": ["test_cuda_knn"],
     "cuda/projection.cu": ["test_cuda_projection"],
 }
+OF_THE_HEADER = {"test_filter", "test_filter_float"}  # alone: they are compiled anew
 ALL_TESTS = ["test_cuda_knn", "test_cuda_coreset"]
 
 
@@ -180,7 +188,7 @@ def try_mutation(mutation: Mutation, folder: Path, made_of: dict[str, set[str]])
         link_kernels(units, folder / "libkernels.so")
         for name in TESTS_OF_FILE.get(mutation.file, ALL_TESTS):
             test = BUILD / name
-            if name == "test_filter":  # of the header alone
+            if name in OF_THE_HEADER:
                 test = folder / name
                 call([os.environ.get("CXX", "g++"), "-O1", *FLAGS, f"-I{core}", f"-I{SIMT.parent}", "-o", test, SIMT.parent / f"{name}.cpp", "-pthread"])
             failure = first_failure(test, folder)
@@ -204,7 +212,7 @@ def main() -> None:
         return
     began = time.monotonic()
     made_of = build_once(options.jobs)
-    for test in sorted({name for names in [*TESTS_OF_FILE.values(), ALL_TESTS] for name in names} - {"test_filter"}):
+    for test in sorted({name for names in [*TESTS_OF_FILE.values(), ALL_TESTS] for name in names} - OF_THE_HEADER):
         if (failure := first_failure(BUILD / test, BUILD)) is not None:
             fail(f"the kernels fail as they are, {failure}")
     folders: queue.Queue[Path] = queue.Queue()
