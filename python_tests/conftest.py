@@ -81,3 +81,12 @@ def resnet18_weights() -> Path:
     if not path or not Path(path).is_file():
         pytest.skip("PATCHCORE_EXT_RESNET18 does not name a file: the tests on real ImageNet weights did not run")
     return Path(path)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tiny tensors: more threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
