@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +21,19 @@ def code_bytes(dim: int, most: int = BYTES) -> int:
     return next(count for count in range(min(most, dim), 0, -1) if dim % count == 0)
 
 
+@contextmanager
+def _one_thread(faiss: Any, threads: int) -> Iterator[None]:
+    """For faiss's matrix products, whose last bits depend on the number; then it has ``threads``, asked for before, because torch may share its OpenMP."""
+    faiss.omp_set_num_threads(1)
+    try:
+        with threadpool_limits(1, user_api="blas"):
+            yield
+    finally:
+        faiss.omp_set_num_threads(threads)
+
+
 def build_index(rows: Tensor, bits: int = 8) -> Any:
-    """An IndexIVFPQ of rows [M, D] with about sqrt(M) lists; the same bits each time and on any number of threads: k-means has a fixed seed.
+    """An IndexIVFPQ of rows [M, D] with about sqrt(M) lists. Its k-means starts from a fixed seed and runs on one thread, so it is the same each time.
 
     Raises:
         ModuleNotFoundError: faiss is not installed.
@@ -29,8 +42,7 @@ def build_index(rows: Tensor, bits: int = 8) -> Any:
 
     count, dim = rows.shape
     values = rows.numpy()
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    with threadpool_limits(1, user_api="blas"):  # the last bits of its matrix products depend on the number
+    with _one_thread(faiss, torch.get_num_threads()):
         index = faiss.IndexIVFPQ(faiss.IndexFlatL2(dim), dim, max(1, round(count**0.5)), code_bytes(dim), bits)
         step = max(1, count // _TRAINING_ROWS)
         index.train(values[::step].copy())
@@ -45,10 +57,8 @@ def search(index: Any, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Distances float32 [Q, k], as the index sees them, and rows int64 [Q, k]; the same bits on any number of threads."""
     import faiss
 
-    asked, threads = queries.contiguous().numpy(), torch.get_num_threads()  # asked first: torch may share its OpenMP with faiss
-    faiss.omp_set_num_threads(1)  # the last bits of the distances to the lists' middles depend on the number
-    with threadpool_limits(1, user_api="blas"):
+    asked = queries.contiguous().numpy()
+    with _one_thread(faiss, torch.get_num_threads()):
         middles, lists = index.quantizer.search(asked, index.nprobe)
-    faiss.omp_set_num_threads(threads)
     squared, nearest = index.search_preassigned(asked, k, lists, middles)
     return from_numpy(squared).clamp(min=0).sqrt(), from_numpy(nearest)
