@@ -16,8 +16,8 @@ from pathlib import Path
 
 NVCC_PACKAGES = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
 
-# One machine code for each family of GPUs since Turing, and PTX for those to come.
-DEFAULT_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
+# Machine code for GPUs since Turing, and PTX for those to come. Ada (8.9) runs 8.6's, as it does torch's: the kernels use nothing that it has and Ampere lacks.
+DEFAULT_ARCHS = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0+PTX")
 OLDEST_ARCH = (7, 5)  # the first with int8 tensor products (csrc/core/cuda/mma.cuh)
 
 PARTS = ("bin/nvcc", "bin/ptxas", "nvvm/bin/cicc", "include/cuda_runtime.h", "include/crt/host_config.h")

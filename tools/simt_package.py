@@ -27,7 +27,7 @@ def compile_flags() -> list[str]:
     includes = [ROOT / "csrc" / "tests" / "simt", ROOT / "csrc" / "core", *include_paths(), pybind11.get_include(), sysconfig.get_paths()["include"]]
     version = (ROOT / "patchcore_ext" / "_version.py").read_text(encoding="utf-8").split('"')[-2]
     defines = ["PATCHCORE_SIMT", "TORCH_TARGET_VERSION=0x020b000000000000", f'PATCHCORE_EXT_VERSION="{version}"']
-    options = ["-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+    options = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
     return [*options, *(f"-D{name}" for name in defines), *(f"-I{path}" for path in includes)]
 
 
