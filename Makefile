@@ -29,10 +29,10 @@ help:
 
 setup: $(VENV)/built
 
-# torch first: the package is then built against it, without a second copy in an isolated build.
+# torch first: the package is then built against it, without a second copy in an isolated build. Of its many modules Python compiles the few that are used.
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch torchvision
+	$(BIN)/pip install --quiet --no-compile torch torchvision
 	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja pybind11
 	touch $@
 
