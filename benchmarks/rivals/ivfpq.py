@@ -22,8 +22,9 @@ def code_bytes(dim: int, most: int = BYTES) -> int:
 
 
 @contextmanager
-def _one_thread(faiss: Any, threads: int) -> Iterator[None]:
-    """For faiss's matrix products, whose last bits depend on the number; then it has ``threads``, asked for before, because torch may share its OpenMP."""
+def _one_thread(faiss: Any) -> Iterator[None]:
+    """For faiss's matrix products, whose last bits depend on the number; behind it faiss has as many threads as torch."""
+    threads = torch.get_num_threads()  # asked now: torch may share its OpenMP with faiss
     faiss.omp_set_num_threads(1)
     try:
         with threadpool_limits(1, user_api="blas"):
@@ -42,7 +43,7 @@ def build_index(rows: Tensor, bits: int = 8) -> Any:
 
     count, dim = rows.shape
     values = rows.numpy()
-    with _one_thread(faiss, torch.get_num_threads()):
+    with _one_thread(faiss):
         index = faiss.IndexIVFPQ(faiss.IndexFlatL2(dim), dim, max(1, round(count**0.5)), code_bytes(dim), bits)
         step = max(1, count // _TRAINING_ROWS)
         index.train(values[::step].copy())
@@ -58,7 +59,7 @@ def search(index: Any, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     import faiss
 
     asked = queries.contiguous().numpy()
-    with _one_thread(faiss, torch.get_num_threads()):
+    with _one_thread(faiss):
         middles, lists = index.quantizer.search(asked, index.nprobe)
     squared, nearest = index.search_preassigned(asked, k, lists, middles)
     return from_numpy(squared).clamp(min=0).sqrt(), from_numpy(nearest)
