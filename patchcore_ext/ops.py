@@ -33,7 +33,9 @@ __all__ = [
 
 _ops = torch.ops.patchcore_ext
 
-_FEWEST_ROWS, _FEWEST_DIMS, _MOST_DIMS = 256, 8, 32768  # csrc/core/knn.h: what a bank must have to be prepared
+_FEWEST_ROWS, _FEWEST_DIMS, _MOST_DIMS = 64, 8, 32768  # csrc/core/knn.h: what a bank must have to be prepared
+_FEWEST_VALUES = 2048  # so that tiles that are not full take no more than their share of memory
+_FEWEST_ROWS_CUDA = 256  # there, fewer are compared at once in any case
 _MANY_QUERIES = 64  # for so many, preparing a bank pays within one call
 
 
@@ -243,8 +245,8 @@ def prepare_bank(bank: ArrayLike) -> list[Tensor]:
         bank: ``[M, D]`` float32, float16 or bfloat16, M >= 1.
 
     Returns:
-        uint8 tensors, opaque, good for this bank only; at most 0.75 of the bank in float32. None where it would not pay: fewer than 256 rows, fewer than 8 or
-        more than 32768 dimensions.
+        uint8 tensors, opaque, good for this bank only; at most 0.75 of the bank in float32. None where it would not pay: fewer than 64 rows (256 on CUDA), 8
+        dimensions or 2048 values, or more than 32768 dimensions.
 
     Raises:
         ValueError: The bank is empty, not ``[M, D]``, or not finite (names the first such row).
@@ -315,7 +317,8 @@ def _pays_at_once(bank: Tensor) -> bool:
 
 
 def _can_be_prepared(bank: Tensor) -> bool:
-    return bank.shape[0] >= _FEWEST_ROWS and _FEWEST_DIMS <= bank.shape[1] <= _MOST_DIMS
+    fewest = _FEWEST_ROWS_CUDA if bank.is_cuda else _FEWEST_ROWS
+    return bank.shape[0] >= fewest and bank.numel() >= _FEWEST_VALUES and _FEWEST_DIMS <= bank.shape[1] <= _MOST_DIMS
 
 
 def image_scores(

@@ -61,7 +61,7 @@ def test_neighbors_are_the_same_where_a_prefix_pays(offset: float, dtype: torch.
 def test_copies_of_small_banks_stay_within_their_share_of_memory(dim: int) -> None:
     """A prefix pays from a few hundred rows on, but its matrix is as large for few rows as for many."""
     shares = {}
-    for rows in (256, 300, 400, 655, 1300):
+    for rows in (64, 65, 130, 256, 300, 400, 655, 1300):
         bank = features_like_real_ones(rows, dim)
         codes = ops.prepare_bank(bank)
         shares[rows] = sum(code.nbytes for code in codes) / (4 * bank.numel())
@@ -107,7 +107,7 @@ def test_threads_prepare_the_same_bytes() -> None:
 
 
 def test_little_or_strange_banks_are_searched_without() -> None:
-    assert ops.prepare_bank(make_features("random", 255, 20)) == []
+    assert ops.prepare_bank(make_features("random", 63, 20)) == []
     assert ops.prepare_bank(make_features("random", 300, 7)) == []
     with pytest.raises(ValueError, match="prepare_bank: expected bank to have at least one row, got none"):
         ops.prepare_bank(torch.zeros(0, 9))

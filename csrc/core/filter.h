@@ -109,8 +109,8 @@ struct Int8Code {
   double error;
 };
 
-PATCHCORE_HOST_DEVICE Int8Code int8_code(double scaled) {
-  const RoundedCode rounded = rounded_code(scaled, kMaxCode);
+PATCHCORE_HOST_DEVICE Int8Code int8_code(double scaled, int most = kMaxCode) {
+  const RoundedCode rounded = rounded_code(scaled, most);
   return {static_cast<int8_t>(rounded.code), rounded.error};
 }
 

@@ -36,7 +36,7 @@ struct BankRotation {
 bool is_contraction(const BankRotation& rotation, int64_t dim);
 
 // A bank is worth preparing, and can be, when it has at least so many rows and dimensions and no more dimensions than kMaxFilterDim (filter.h).
-constexpr int64_t kFewestPreparedRows = 256;
+constexpr int64_t kFewestPreparedRows = 64;
 constexpr int64_t kFewestPreparedDims = 8;
 
 int64_t prepared_bank_bytes(const Rows& bank, const BankRotation& rotation);

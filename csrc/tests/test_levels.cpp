@@ -43,6 +43,7 @@ std::vector<Level> levels() {
   if (find_level("avx512") != nullptr) {
     Level level = *find_level("avx2");
     level.name = "avxvnni, by AVX-512's instruction";
+    level.scanned_code = find_level("avx512")->scanned_code;
     level.scan_rows = twin::scan_rows;
     level.scan_tile = twin::scan_tile;
     level.dots = twin::dots;
@@ -78,8 +79,9 @@ TEST(scans_and_dots_equal_the_scalar_level) {
   for (const Level& level : levels()) {
     for (const int64_t words : {1, 2, 3, 8, 12, 15, 16, 17, 32, 33, 384}) {
       for (const int64_t count : {1, 2, 3, 4, 7, 48}) {
-        const std::vector<uint8_t> rows = codes<uint8_t>(count * 4 * words, 1, 255);
-        const std::vector<int8_t> tile = codes<int8_t>(4 * words * kTileOperands, -127, 127);
+        const int most = level.scanned_code;
+        const std::vector<uint8_t> rows = codes<uint8_t>(count * 4 * words, 1, 2 * most + 1);
+        const std::vector<int8_t> tile = codes<int8_t>(4 * words * kTileOperands, -most, most);
         std::vector<int32_t> start(kTileOperands), floors(static_cast<size_t>(std::max(count, kTileOperands)));
         for (int32_t& value : start) value = generator()() % 8 == 0 ? -(1 << 30) : static_cast<int32_t>(generator()() % 20000) - 10000;
         for (int32_t& value : floors) value = static_cast<int32_t>(generator()() % 200000) - 100000;
@@ -92,13 +94,15 @@ TEST(scans_and_dots_equal_the_scalar_level) {
           CHECK_EQ(level.scan_tile(rows.data(), tile.data(), start.data(), words, floors.data(), offset),
                    scalar.scan_tile(rows.data(), tile.data(), start.data(), words, floors.data(), offset));
         }
+        const std::vector<uint8_t> row = codes<uint8_t>(4 * words, 1, 255);
+        const std::vector<int8_t> others = codes<int8_t>(4 * words * kTileOperands, -127, 127);
         for (const int64_t operands : {1, 4, 7, 41}) {
           std::vector<int32_t> which(41), some(41), same(41);
           for (int32_t& operand : which) operand = static_cast<int32_t>(generator()() % kTileOperands);
           for (int64_t coarse = 0; coarse < words && coarse <= 64; coarse += 16) {
             const int64_t shift = coarse == 0 ? 0 : static_cast<int64_t>(generator()() % 3) * 2;
-            level.dots(rows.data(), tile.data(), 4 * words, which.data(), operands, words, coarse, shift, some.data());
-            scalar.dots(rows.data(), tile.data(), 4 * words, which.data(), operands, words, coarse, shift, same.data());
+            level.dots(row.data(), others.data(), 4 * words, which.data(), operands, words, coarse, shift, some.data());
+            scalar.dots(row.data(), others.data(), 4 * words, which.data(), operands, words, coarse, shift, same.data());
             CHECK(some == same);
           }
         }
@@ -141,16 +145,17 @@ TEST(quantisation_gives_the_codes_of_the_filter) {
   for (const Level& level : levels()) {
     for (const int64_t count : {1, 3, 4, 7, 8, 9, 48, 129}) {
       for (const double scale : {1.0, 40.0, 1e5}) {
+        const int32_t most = generator()() % 2 == 0 ? kMaxCode : 63;
         std::vector<double> coordinates(static_cast<size_t>(count));
         for (double& value : coordinates) value = normal(generator());
         coordinates[0] = 2.5 / scale;  // a half: to even
         std::vector<uint8_t> found(static_cast<size_t>(count) + 1, 7);
         double errors, expected_errors = 0;
         int32_t expected_norm = 0;
-        const int32_t norm = level.quantize(coordinates.data(), count, scale, found.data(), &errors);
+        const int32_t norm = level.quantize(coordinates.data(), count, scale, most, found.data(), &errors);
         for (int64_t k = 0; k < count; ++k) {
-          const Int8Code code = int8_code(multiply(scale, coordinates[static_cast<size_t>(k)]));
-          CHECK_EQ(static_cast<int>(found[static_cast<size_t>(k)]), code.code + 128);
+          const Int8Code code = int8_code(multiply(scale, coordinates[static_cast<size_t>(k)]), most);
+          CHECK_EQ(static_cast<int>(found[static_cast<size_t>(k)]), most + 1 + code.code);
           expected_norm += code.code * code.code;
           expected_errors += code.error * code.error;
         }

@@ -70,6 +70,7 @@ Header header_of(const Rows& bank, const BankRotation& rotation) {
   header.short_outputs = rotation.short_outputs;
   header.long_outputs = rotation.short_outputs == 0 ? 0 : rotation.long_outputs;
   header.step_scale = 1;
+  header.full.most = header.prefix.most = level().scanned_code;
   header.prefix.outputs = header.short_outputs;
   header.second.outputs = header.short_outputs + header.long_outputs;
   header.second.coarse = header.short_outputs;
@@ -161,7 +162,7 @@ struct Packer {
       for (int64_t k = begin; k < end; ++k) most = std::max(most, std::abs(values[k]));
       sample[index] = most;
     });
-    return int8_scale(percentile(sample, count, kCodePercentile));
+    return int8_scale(percentile(sample, count, kCodePercentile)) * view.most / kMaxCode;
   }
 
   void choose_scale(View* view) {
@@ -210,16 +211,17 @@ struct Packer {
     int32_t* start = filter->start + tile * kTileOperands;
     std::memset(codes, 0, static_cast<size_t>(filter->words * 4 * kTileOperands));
     std::fill(start, start + kTileOperands, kInt8PaddingStart);
+    const int32_t zero = filter->view.most + 1;
     double largest = 0;
     for (int64_t i = 0; i < count; ++i) {
       const RowCodes row = encoder.encode(filter->view, i, memory.codes);
       int32_t sum = 0;
       for (int64_t k = 0; k < 4 * filter->words; ++k) {
-        const int8_t code = static_cast<int8_t>(memory.codes[k] - 128);
+        const int8_t code = static_cast<int8_t>(memory.codes[k] - zero);
         codes[(k / 4 * kTileOperands + i) * 4 + k % 4] = code;
         sum += code;
       }
-      start[i] = int8_start(row.squared_norm) - 128 * sum;
+      start[i] = int8_start(row.squared_norm) - zero * sum;
       largest = std::max(largest, row.residual);
     }
     filter->tile_residuals[tile] = largest;
@@ -233,11 +235,11 @@ struct Packer {
       int8_t* codes = filter.codes + row * 4 * filter.words;
       int32_t sum = 0, coarse_sum = 0;
       for (int64_t k = 0; k < 4 * filter.words; ++k) {
-        codes[k] = static_cast<int8_t>(memory.codes[k] - 128);
+        codes[k] = static_cast<int8_t>(memory.codes[k] - (kMaxCode + 1));
         (k < 4 * filter.view.coarse_words() ? coarse_sum : sum) += codes[k];
       }
       sum += coarse_sum * (1 << 2 * filter.view.coarse_bits);
-      filter.offsets[row] = encoded.squared_norm + 256 * sum;
+      filter.offsets[row] = encoded.squared_norm + 2 * (kMaxCode + 1) * sum;
       filter.residuals[row] = round_up_to_float(encoded.residual);
     }
   }
@@ -346,15 +348,15 @@ bool prepared_bank_fits(const Rows& bank, const void* prepared, int64_t bytes) {
   Header header;
   if (bytes < static_cast<int64_t>(sizeof(Header))) return false;
   std::memcpy(&header, prepared, sizeof(Header));
-  const auto usable = [&](const View& view, int64_t outputs, int64_t coarse) {
-    return view.outputs == outputs && view.coarse == coarse && view.coarse_bits >= 0 && view.coarse_bits <= kMostCoarseBits && view.scale > 0 &&
-           view.codes_per_unit > 0 && view.codes_per_unit < INFINITY;
+  const auto usable = [&](const View& view, int64_t outputs, int64_t coarse, int32_t most) {
+    return view.outputs == outputs && view.coarse == coarse && view.coarse_bits >= 0 && view.coarse_bits <= kMostCoarseBits && view.most == most &&
+           view.scale > 0 && view.codes_per_unit > 0 && view.codes_per_unit < INFINITY;
   };
   if (bank.dim > kMaxFilterDim || header.count != bank.count || header.dim != bank.dim || header.short_outputs < 0 || header.long_outputs < 0 ||
-      header.short_outputs > kMostOutputs || header.long_outputs > kMostOutputs || !usable(header.full, 0, 0))
+      header.short_outputs > kMostOutputs || header.long_outputs > kMostOutputs || !usable(header.full, 0, 0, level().scanned_code))
     return false;
-  if (header.short_outputs > 0 &&
-      !(usable(header.prefix, header.short_outputs, 0) && usable(header.second, header.short_outputs + header.long_outputs, header.short_outputs)))
+  if (header.short_outputs > 0 && !(usable(header.prefix, header.short_outputs, 0, level().scanned_code) &&
+                                    usable(header.second, header.short_outputs + header.long_outputs, header.short_outputs, kMaxCode)))
     return false;
   Pieces pieces(const_cast<void*>(prepared));
   const PreparedBank inside = lay_out(header, &pieces);

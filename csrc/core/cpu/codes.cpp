@@ -74,8 +74,8 @@ struct Packer {
   void quantize(int64_t r, double error, const Slot& slot, Codes* out) const {
     uint8_t* codes = out->codes + r * 4 * out->words;
     double error_squares;
-    const int32_t squared_norm = level().quantize(slot.coordinates, coordinates, out->scale, codes, &error_squares);
-    for (int64_t k = coordinates; k < 4 * out->words; ++k) codes[k] = 128;
+    const int32_t squared_norm = level().quantize(slot.coordinates, coordinates, out->scale, out->most, codes, &error_squares);
+    for (int64_t k = coordinates; k < 4 * out->words; ++k) codes[k] = static_cast<uint8_t>(out->most + 1);
     out->squared_norms[r] = squared_norm;
     out->residuals[r] = round_up_to_float(inflate(residual_bound(error_squares, squared_norm, coordinates) + out->scale * error, 2));
   }
@@ -85,10 +85,14 @@ struct Packer {
 
 int64_t codes_bytes(int64_t num_rows, int64_t words) { return aligned(num_rows * 4 * words) + 2 * aligned(num_rows * 4); }
 
-Codes codes_at(int64_t num_rows, int64_t words, double scale, void* memory) {
+Codes codes_at(int64_t num_rows, int64_t words, double scale, int32_t most, void* memory) {
   char* bytes = static_cast<char*>(memory);
   char* norms = bytes + aligned(num_rows * 4 * words);
-  return {words, scale, reinterpret_cast<uint8_t*>(bytes), reinterpret_cast<int32_t*>(norms),
+  return {words,
+          scale,
+          most,
+          reinterpret_cast<uint8_t*>(bytes),
+          reinterpret_cast<int32_t*>(norms),
           reinterpret_cast<float*>(norms + aligned(num_rows * 4))};
 }
 
@@ -119,7 +123,7 @@ void pack_codes_cpu(const Rows& rows, const double* center, const Contraction* c
   }
   double* percentile = sample + (num_sampled - 1) * kScalePercentile / 100;
   std::nth_element(sample, percentile, sample + num_sampled);
-  out->scale = int8_scale(*percentile);
+  out->scale = int8_scale(*percentile) * out->most / kMaxCode;
   parallel([&](int64_t s) {
     const Slot slot = slot_of(rows, coordinates, workspace, s);
     const Share share = share_of(rows.count, s, parallel.num_slots);

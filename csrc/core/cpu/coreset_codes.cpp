@@ -5,6 +5,7 @@
 
 #include "coreset.h"
 #include "cpu/codes.h"
+#include "cpu/dispatch.h"
 #include "filter.h"
 
 namespace patchcore {
@@ -14,14 +15,15 @@ namespace {
 struct Header {
   double prefix_scale, full_scale;
   int64_t prefix_words, full_words;  // no prefix: 0 words
-  char padding[32];
+  int32_t most;                      // both kinds of codes lie within +-most: level().scanned_code
+  char padding[28];
 };
 static_assert(sizeof(Header) == 64, "the codes behind the header must stay aligned");
 
 // What the filter's arithmetic relies on: a usable scale, norms of int8 codes, residuals that are numbers.
 bool plausible(const Codes& codes, int64_t count) {
   const int64_t largest_norm = int64_t{kMaxCode} * kMaxCode * 4 * codes.words;
-  bool good = codes.scale > 0 && codes.scale < INFINITY;
+  bool good = codes.scale > 0 && codes.scale < INFINITY && codes.most == level().scanned_code;
   for (int64_t r = 0; r < count; ++r) good &= codes.squared_norms[r] >= 0 && codes.squared_norms[r] <= largest_norm && codes.residuals[r] >= 0;
   return good;
 }
@@ -39,17 +41,18 @@ int64_t coreset_codes_workspace_bytes(const Rows& rows, const CoresetRotation& r
 
 void pack_coreset_codes_cpu(const Rows& rows, const CoresetRotation& rotation, const Parallel& parallel, void* workspace, void* codes) {
   Header header = {};
+  header.most = level().scanned_code;
   char* memory = static_cast<char*>(codes) + sizeof(Header);
   if (rotation.outputs > 0) {
     header.prefix_words = code_words(rotation.outputs + 1);
-    Codes prefix = codes_at(rows.count, header.prefix_words, 1, memory);
+    Codes prefix = codes_at(rows.count, header.prefix_words, 1, header.most, memory);
     const Contraction contraction = {rows.dim, rotation.outputs, rotation.columns, rotation.matrix};
     pack_codes_cpu(rows, rotation.center, &contraction, parallel, workspace, &prefix);
     header.prefix_scale = prefix.scale;
     memory += codes_bytes(rows.count, header.prefix_words);
   }
   header.full_words = code_words(rows.dim);
-  Codes full = codes_at(rows.count, header.full_words, 1, memory);
+  Codes full = codes_at(rows.count, header.full_words, 1, header.most, memory);
   pack_codes_cpu(rows, rotation.center, nullptr, parallel, workspace, &full);
   header.full_scale = full.scale;
   std::memcpy(codes, &header, sizeof(Header));
@@ -60,10 +63,10 @@ void coreset_codes_inside(const Rows& rows, const void* codes, Codes* prefix, Co
   std::memcpy(&header, codes, sizeof(Header));
   char* memory = const_cast<char*>(static_cast<const char*>(codes)) + sizeof(Header);  // read only: Codes serves the packer as well
   if (header.prefix_words > 0) {
-    *prefix = codes_at(rows.count, header.prefix_words, header.prefix_scale, memory);
+    *prefix = codes_at(rows.count, header.prefix_words, header.prefix_scale, header.most, memory);
     memory += codes_bytes(rows.count, header.prefix_words);
   }
-  *full = codes_at(rows.count, header.full_words, header.full_scale, memory);
+  *full = codes_at(rows.count, header.full_words, header.full_scale, header.most, memory);
 }
 
 bool coreset_codes_fit(const Rows& rows, const void* codes, int64_t bytes) {

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "filter.h"
+
 namespace patchcore {
 
 // Operands of the int8 scan lie in tiles: tile[w][o][b] is code 4 w + b of operand o, so that one register holds the same four codes of 16 operands.
@@ -23,6 +25,9 @@ struct Costs {
 struct Level {
   const char* name;
 
+  // The largest code of scan_rows and scan_tile: smaller ones are multiplied faster by some processors, and leave a little more.
+  int32_t scanned_code;
+
   // squared_distances[i] = canonical d2(query, row i), i < count. query: [dim]; rows: [count] rows, `stride` elements apart.
   void (*squared_distances)(const float* query, const float* rows, int64_t stride, int64_t count, int64_t dim, double* squared_distances);
 
@@ -30,8 +35,9 @@ struct Level {
   void (*float16_to_float)(const uint16_t* in, int64_t count, float* out);
   void (*bfloat16_to_float)(const uint16_t* in, int64_t count, float* out);
 
-  // Integer dot products for the filters (filter.h), exact. Codes come in groups of four ("words"); one side is stored as code + 128 in uint8, as the
-  // dot-product instructions want it, and the caller subtracts 128 * (sum of the other side's codes). Codes lie in [-127, 127].
+  // Integer dot products for the filters (filter.h), exact. Codes come in groups of four ("words"); one side is stored as code + most + 1 in uint8,
+  // as the dot-product instructions want it, and the caller subtracts (most + 1) * (sum of the other side's codes). Codes lie within +-most:
+  // scanned_code in the scans, kMaxCode in dots.
 
   // Bit o of survivors[r] is set iff start[o] + dot(row r, operand o) >= floors[r]. rows: [count] rows, `stride` bytes apart; start: [kTileOperands].
   void (*scan_rows)(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, const int32_t* start, int64_t words,
@@ -50,9 +56,9 @@ struct Level {
   // The index of the first of the largest of `count` values (a positive multiple of 8, none NaN).
   int64_t (*first_largest)(const double* values, int64_t count);
 
-  // codes[k] = 128 + int8_code(scale * coordinates[k]); returns the sum of the squared codes, and the sum of the squared errors (in any order:
-  // filter.h, residual_bound). Coordinates are finite.
-  int32_t (*quantize)(const double* coordinates, int64_t count, double scale, uint8_t* codes, double* error_squares);
+  // codes[k] = most + 1 + int8_code(scale * coordinates[k], most), most <= kMaxCode (filter.h); returns the sum of the squared codes, and the sum of
+  // the squared errors (in any order: filter.h, residual_bound). Coordinates are finite.
+  int32_t (*quantize)(const double* coordinates, int64_t count, double scale, int32_t most, uint8_t* codes, double* error_squares);
 
   // products[o] = sum_k x[k] * matrix[k][o], float64, o < outputs (a multiple of 8); k ascending, so the same bits at every level.
   void (*multiply_matrix)(const double* x, const double* matrix, int64_t dim, int64_t outputs, double* products);

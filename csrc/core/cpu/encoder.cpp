@@ -70,17 +70,18 @@ const double* Encoder::coordinates(const View& view, int64_t r, double* error) c
 }
 
 RowCodes Encoder::encode(const View& view, int64_t r, uint8_t* codes) const {
+  const uint8_t zero = static_cast<uint8_t>(view.most + 1);
   double error, error_squares;
   const double* values = coordinates(view, r, &error);
   const int64_t count = view.coordinates(projection_.dim), begin = 4 * view.coarse_words();
-  int32_t squared_norm = level().quantize(values + view.coarse, count - view.coarse, view.scale, codes + begin, &error_squares);
-  for (int64_t k = begin + count - view.coarse; k < 4 * view.words(projection_.dim); ++k) codes[k] = 128;
+  int32_t squared_norm = level().quantize(values + view.coarse, count - view.coarse, view.scale, view.most, codes + begin, &error_squares);
+  for (int64_t k = begin + count - view.coarse; k < 4 * view.words(projection_.dim); ++k) codes[k] = zero;
   if (view.coarse > 0) {
     const double step = static_cast<double>(1 << view.coarse_bits);
     double coarse_squares;
-    squared_norm += level().quantize(values, view.coarse, view.scale / step, codes, &coarse_squares) << 2 * view.coarse_bits;
+    squared_norm += level().quantize(values, view.coarse, view.scale / step, view.most, codes, &coarse_squares) << 2 * view.coarse_bits;
     error_squares += step * step * coarse_squares;
-    for (int64_t k = view.coarse; k < begin; ++k) codes[k] = 128;
+    for (int64_t k = view.coarse; k < begin; ++k) codes[k] = zero;
   }
   return {squared_norm, inflate(residual_bound(error_squares, squared_norm, count) + view.scale * error, 2)};
 }

@@ -24,11 +24,12 @@ inline int64_t padded_outputs(int64_t outputs) { return (outputs + kTileOperands
 
 // One kind of codes: the first `outputs` of the projection, with the norm of the rest as one more coordinate; or, where outputs is 0, all coordinates
 // of x - center. The codes of the first `coarse` coordinates, which are large, count 2^coarse_bits times as much (filter.h, section 8), and end with
-// zeros on a whole number of 64 bytes.
+// zeros on a whole number of 64 bytes. Codes lie within +-most; the rows to be looked for have most + 1 added to theirs.
 struct View {
   int64_t outputs = 0;
   int64_t coarse = 0;
   int64_t coarse_bits = 0;
+  int32_t most = kMaxCode;
   double shift = 0;           // subtracted from the residual coordinate
   double scale = 1;           // codes per step, or per unit where there is no projection
   double codes_per_unit = 1;  // S of filter.h: not below the codes per unit of distance
@@ -66,7 +67,7 @@ class Encoder {
   // Coordinates of row r in a view, and what their error adds to the residual, both in steps (or units).
   const double* coordinates(const View& view, int64_t r, double* error) const;
 
-  // codes: [4 * view.words], code + 128.
+  // codes: [4 * view.words], code + view.most + 1.
   RowCodes encode(const View& view, int64_t r, uint8_t* codes) const;
 
  private:

@@ -10,7 +10,7 @@ void float16_to_float(const uint16_t* in, int64_t count, float* out);
 void bfloat16_to_float(const uint16_t* in, int64_t count, float* out);
 void int8_floors(const double* reach, const int32_t* squared_norms, int64_t count, double residual, int32_t* floors);
 int64_t first_largest(const double* values, int64_t count);
-int32_t quantize(const double* coordinates, int64_t count, double scale, uint8_t* codes, double* error_squares);
+int32_t quantize(const double* coordinates, int64_t count, double scale, int32_t most, uint8_t* codes, double* error_squares);
 void multiply_matrix(const double* x, const double* matrix, int64_t dim, int64_t outputs, double* products);
 void multiply_int16(const int16_t* rows, int64_t stride, int64_t count, const int16_t* tile, int64_t pairs, int32_t* products,
                     int64_t products_stride);

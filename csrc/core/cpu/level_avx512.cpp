@@ -195,20 +195,20 @@ int64_t first_largest(const double* values, int64_t count) {
 }
 
 // filter.h, int8_code, eight coordinates at a time.
-int32_t quantize(const double* coordinates, int64_t count, double scale, uint8_t* codes, double* error_squares) {
-  const __m512d most = _mm512_set1_pd(127.0), least = _mm512_set1_pd(-127.0), magic = _mm512_set1_pd(0x1.8p52);
+int32_t quantize(const double* coordinates, int64_t count, double scale, int32_t most, uint8_t* codes, double* error_squares) {
+  const __m512d high = _mm512_set1_pd(most), low = _mm512_set1_pd(-most), magic = _mm512_set1_pd(0x1.8p52);
   __m512d errors = _mm512_setzero_pd();
   __m256i squares = _mm256_setzero_si256();
   for (int64_t k = 0; k < count; k += 8) {
     const __mmask8 mask = count - k >= 8 ? static_cast<__mmask8>(0xff) : static_cast<__mmask8>((1u << (count - k)) - 1);
     const __m512d scaled = _mm512_mul_pd(_mm512_set1_pd(scale), _mm512_maskz_loadu_pd(mask, coordinates + k));
-    const __m512d clipped = _mm512_max_pd(_mm512_min_pd(scaled, most), least);
+    const __m512d clipped = _mm512_max_pd(_mm512_min_pd(scaled, high), low);
     const __m512d code = _mm512_sub_pd(_mm512_add_pd(clipped, magic), magic);
     const __m512d error = _mm512_sub_pd(clipped, code);
     errors = _mm512_add_pd(errors, _mm512_mul_pd(error, error));
     const __m256i integers = _mm512_cvtpd_epi32(code);
     squares = _mm256_add_epi32(squares, _mm256_mullo_epi32(integers, integers));
-    _mm256_mask_cvtepi32_storeu_epi8(codes + k, mask, _mm256_add_epi32(integers, _mm256_set1_epi32(128)));
+    _mm256_mask_cvtepi32_storeu_epi8(codes + k, mask, _mm256_add_epi32(integers, _mm256_set1_epi32(most + 1)));
   }
   *error_squares = _mm512_reduce_add_pd(errors);
   return _mm512_reduce_add_epi32(_mm512_zextsi256_si512(squares));
@@ -312,6 +312,7 @@ float squared_difference(const float* a, const float* b, int64_t dim) {
 }  // namespace
 
 const Level kAvx512Level = {"avx512",
+                            kMaxCode,
                             squared_distances,
                             float16_to_float,
                             bfloat16_to_float,

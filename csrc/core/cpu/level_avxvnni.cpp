@@ -22,6 +22,7 @@ namespace {
 }  // namespace
 
 const Level kAvxVnniLevel = {"avxvnni",
+                             kMaxCode,
                              avx2::squared_distances,
                              avx2::float16_to_float,
                              avx2::bfloat16_to_float,

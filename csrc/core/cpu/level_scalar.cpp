@@ -83,12 +83,12 @@ int64_t first_largest(const double* values, int64_t count) {
   return best;
 }
 
-int32_t quantize(const double* coordinates, int64_t count, double scale, uint8_t* codes, double* error_squares) {
+int32_t quantize(const double* coordinates, int64_t count, double scale, int32_t most, uint8_t* codes, double* error_squares) {
   int32_t squared_norm = 0;
   double errors = 0;
   for (int64_t k = 0; k < count; ++k) {
-    const Int8Code code = int8_code(multiply(scale, coordinates[k]));
-    codes[k] = static_cast<uint8_t>(code.code + 128);
+    const Int8Code code = int8_code(multiply(scale, coordinates[k]), most);
+    codes[k] = static_cast<uint8_t>(most + 1 + code.code);
     squared_norm += code.code * code.code;
     errors += code.error * code.error;
   }
@@ -144,8 +144,8 @@ float squared_difference(const float* a, const float* b, int64_t dim) {
 
 }  // namespace
 
-const Level kScalarLevel = {"scalar",       squared_distances, float16_to_float,   bfloat16_to_float,  scan_rows,       scan_tile,
-                            dots,           int8_floors,       first_largest,      quantize,           multiply_matrix, multiply_int16,
-                            round_to_steps, take_marked,       squared_difference, {1.25, 5, 0.5, 0.9}};
+const Level kScalarLevel = {"scalar",       kMaxCode,       squared_distances, float16_to_float,   bfloat16_to_float,  scan_rows,
+                            scan_tile,      dots,           int8_floors,       first_largest,      quantize,           multiply_matrix,
+                            multiply_int16, round_to_steps, take_marked,       squared_difference, {1.25, 5, 0.5, 0.9}};
 
 }  // namespace patchcore

@@ -27,15 +27,15 @@ Operands lay_out(int64_t capacity, int64_t dim, const Codes& first, const Codes&
   return operands;
 }
 
-// Signed codes of row r; returns 128 times their sum.
+// Signed codes of row r; returns what is added to the others' codes times their sum.
 int32_t signed_codes(const Codes& codes, int64_t r, int8_t* out) {
   const uint8_t* in = codes.codes + r * 4 * codes.words;
   int32_t sum = 0;
   for (int64_t k = 0; k < 4 * codes.words; ++k) {
-    out[k] = static_cast<int8_t>(in[k] - 128);
+    out[k] = static_cast<int8_t>(in[k] - (codes.most + 1));
     sum += out[k];
   }
-  return 128 * sum;
+  return (codes.most + 1) * sum;
 }
 
 // Operand i, which is row r of all.
@@ -45,12 +45,12 @@ void gather_one(const Rows& rows, const Codes& first, const Codes& second, int64
   int32_t sum = 0;
   for (int64_t w = 0; w < first.words; ++w) {
     for (int64_t b = 0; b < 4; ++b) {
-      const int8_t code = static_cast<int8_t>(codes[4 * w + b] - 128);
+      const int8_t code = static_cast<int8_t>(codes[4 * w + b] - (first.most + 1));
       tile[w * 4 * kTileOperands + b] = code;
       sum += code;
     }
   }
-  out->start[i] = (start == StartWith::kNorm ? int8_start(first.squared_norms[r]) : 0) - 128 * sum;
+  out->start[i] = (start == StartWith::kNorm ? int8_start(first.squared_norms[r]) : 0) - (first.most + 1) * sum;
   out->residuals[i] = first.residuals[r];
   out->biases[i] = signed_codes(second, r, out->codes + i * 4 * second.words);
   out->squared_norms[i] = second.squared_norms[r];

@@ -16,7 +16,7 @@ struct Operands {
   double* tile_residuals;  // [tiles]: the largest residual of each tile
   int8_t* codes;           // [count, 4 * words] second codes, or the first where there are no second
   int32_t* squared_norms;  // [count], of `codes`
-  int32_t* biases;         // [count], 128 * sum of `codes`: what a dot product with offset codes is too large by
+  int32_t* biases;         // [count], (most + 1) * sum of `codes`: what a dot product with offset codes is too large by
   float* code_residuals;   // [count], of `codes`
   float* rows;             // [count, dim], widened
 };

@@ -11,7 +11,7 @@ namespace {
 
 // Scanning all coordinates leaves rows, too, about as many as double its cost.
 constexpr double kFullScanFactor = 2;
-constexpr int64_t kBlocksToWait = 15;   // before the prefix is tried again
+constexpr int64_t kMostWaiting = 15;    // blocks, before the prefix is tried again: twice as many and one whenever it did not pay once more
 constexpr int64_t kMostSeeded = 32;     // for more neighbours, seeds cost more than they save
 constexpr int64_t kSampledTiles = 256;  // where nothing better is known, seeds come from one of at most so many tiles
 
@@ -186,6 +186,7 @@ bool BlockSearch::search(const FloatRows& queries, int64_t count, const int64_t*
   queries_ = queries;
   prefix_ = bank_.prefix.words > 0 && (options_.prefix > 0 || (options_.prefix == 0 && bank_.prefix_first && blocks_to_wait_ == 0));
   if (blocks_to_wait_ > 0) --blocks_to_wait_;
+  const bool tried = prefix_;
   if (!encoder_.take(queries, count, prefix_)) return false;
   seeded_ = prefix_ && k_ <= kMostSeeded;
   encode_scanned(count);
@@ -210,10 +211,12 @@ bool BlockSearch::search(const FloatRows& queries, int64_t count, const int64_t*
     const bool telling = 4 * chunks.end() >= num_tiles(bank_);
     if (prefix_ && telling && options_.prefix == 0 && !prefix_pays(found)) {
       prefix_ = false;
-      blocks_to_wait_ = kBlocksToWait;
+      blocks_to_wait_ = next_wait_;
+      next_wait_ = std::min(2 * next_wait_ + 1, kMostWaiting);
       encode_scanned(count);
     }
   }
+  if (tried && prefix_) next_wait_ = 0;
   statistics_.pairs += found.pairs;
   statistics_.survivors += found.survivors;
   for (int64_t q = 0; q < count; ++q) heaps_[q].sort();

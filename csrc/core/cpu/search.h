@@ -65,7 +65,8 @@ class BlockSearch {
   SearchStatistics statistics_;
   bool prefix_ = false;         // scanning the prefix, or all coordinates
   bool seeded_ = false;         // heaps hold rows that the scan meets again
-  int64_t blocks_to_wait_ = 0;  // before the prefix is tried again
+  int64_t blocks_to_wait_ = 0;  // before the prefix is tried again,
+  int64_t next_wait_ = 0;       // and when it does not pay then
   FloatRows queries_ = {nullptr, 0};
 
   // Of the queries of the block:
