@@ -57,6 +57,10 @@ def _greedy_coreset(features: Tensor, min_distances: Tensor, count: int, codes: 
     return features.new_empty((count,), dtype=torch.int64), features.new_empty((count,), dtype=torch.float64)
 
 
+def _greedy_coreset_lazily(features: Tensor, min_distances: Tensor, lowered: Tensor, picks: Tensor, count: int, codes: Tensor) -> tuple[Tensor, Tensor]:
+    return features.new_empty((count,), dtype=torch.int64), features.new_empty((count,), dtype=torch.float64)
+
+
 def _add_picks(features: Tensor, picks: Tensor, min_distances: Tensor, codes: Tensor) -> None:
     return None
 
@@ -71,7 +75,7 @@ def _prepare_bank(bank: Tensor, center: Tensor, matrix: Tensor, short_outputs: i
     def tile_filter(words: int) -> list[int]:
         return [tiles * words * 256, tiles * 256, tiles * 8]
 
-    pieces = [200, 8 * dim, 256 * tiles, *tile_filter((dim + 3) // 4)]
+    pieces = [224, 8 * dim, 256 * tiles, *tile_filter((dim + 3) // 4)]
     if outputs > 0:
         words = (short_outputs + 63) // 64 * 16 + (outputs - short_outputs + 4) // 4
         pieces += [(outputs + 63) // 64 * 128 * ((dim + 1) // 2 * 2), *tile_filter((short_outputs + 4) // 4), 4 * rows]
@@ -97,6 +101,7 @@ _FAKES = (
     _update_min_distances,
     _coreset_codes,
     _greedy_coreset,
+    _greedy_coreset_lazily,
     _add_picks,
     _prepare_bank,
     _nearest_neighbors,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import _checks, _random, ops
+from . import _checks, _library, _random, ops
 from ._checks import ArrayLike
 
 ArrayT = TypeVar("ArrayT", Tensor, npt.NDArray[Any])
@@ -226,11 +226,16 @@ class CoresetSampler:
         show = sys.stderr.isatty() if self.progress is None else self.progress
         slices: list[tuple[Tensor, Tensor]] = []
         size, done = max(1, _FIRST_SLICE // rows.shape[0]), 0
+        lowered = torch.full((rows.shape[0],), -1, dtype=torch.int32, device=rows.device)
         with tqdm(total=count, desc="coreset", unit="pick", disable=not show) as bar:
             while done < count:
                 size = min(size, count - done)
                 began = time.perf_counter()
-                slices.append(ops.greedy_coreset(rows, state, size, codes))
+                if codes is None or _library.runs_cuda_kernels(rows.device):
+                    slices.append(ops.greedy_coreset(rows, state, size, codes))
+                else:
+                    picks = torch.cat([indices for indices, _ in slices]) if slices else lowered.new_empty(0, dtype=torch.int64)
+                    slices.append(ops.greedy_coreset_lazily(rows, state, lowered, picks, size, codes))
                 seconds = time.perf_counter() - began
                 done += size
                 bar.update(size)

@@ -23,6 +23,7 @@ __all__ = [
     "coreset_codes",
     "first_nonfinite_row",
     "greedy_coreset",
+    "greedy_coreset_lazily",
     "image_scores",
     "nearest_neighbors",
     "prepare_bank",
@@ -235,6 +236,34 @@ def greedy_coreset(features: ArrayLike, min_distances: Tensor, count: int, codes
     _checks.integer(op, "count", count, 0, rows.shape[0], " (the rows of features)")
     with _checks.native_errors():
         indices, squared_distances = _ops.greedy_coreset(rows, min_distances, count, codes)
+    return indices, squared_distances
+
+
+def greedy_coreset_lazily(features: ArrayLike, min_distances: Tensor, lowered: Tensor, picks: Tensor, count: int, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`greedy_coreset`, the same picks, for about half the work: rows that cannot be picked soon are left behind. CPU.
+
+    What is left in ``min_distances`` is exact for rows whose ``lowered`` is -1; they have the largest values. For the others it is an upper bound.
+
+    Args:
+        features: ``[N, D]`` float32, float16 or bfloat16.
+        min_distances: ``[N]`` float64, as for :func:`greedy_coreset`. Updated in place.
+        lowered: ``[N]`` int32, all -1 before the first call. Updated in place.
+        picks: int64, those of all earlier calls with these ``lowered``, in order.
+        count: Number of picks, at most the number of rows not yet picked.
+        codes: What :func:`coreset_codes` gives for these features.
+
+    Returns:
+        ``indices`` int64 ``[count]`` in the order of picking, and ``squared_distances`` float64 ``[count]``, each row's value when it was picked.
+
+    Raises:
+        ValueError: Shapes do not fit, count is out of range, ``lowered`` does not lie in [-1, len(picks)], or a row is not finite (names the first).
+    """
+    op = "greedy_coreset_lazily"
+    rows = _checks.features(op, "features", features).detach()
+    _check_min_distances(op, min_distances, rows.shape[0])
+    _checks.integer(op, "count", count, 0, rows.shape[0], " (the rows of features)")
+    with _checks.native_errors():
+        indices, squared_distances = _ops.greedy_coreset_lazily(rows, min_distances, lowered, picks, count, codes)
     return indices, squared_distances
 
 

@@ -181,6 +181,32 @@ def test_codes_change_nothing(kind: str, dim: int, dtype: torch.dtype) -> None:
     assert torch.equal(torch.cat([indices for indices, _ in found]), expected[0])
     assert torch.equal(torch.cat([values for _, values in found]), expected[1])
     assert torch.equal(states[1], states[0])
+    state, lowered = torch.full((2500,), float("inf"), dtype=torch.float64), torch.full((2500,), -1, dtype=torch.int32)
+    picks, values = torch.empty(0, dtype=torch.int64), []
+    for count in (1, 99, 200):
+        indices, squared = ops.greedy_coreset_lazily(features, state, lowered, picks, count, codes)
+        picks, values = torch.cat([picks, indices]), [*values, squared]
+    assert torch.equal(picks, expected[0])
+    assert torch.equal(torch.cat(values), expected[1])
+    assert state.max() == states[0].max()
+    assert torch.equal(state[lowered == -1], states[0][lowered == -1])
+    assert bool((state >= states[0]).all())
+
+
+def test_what_was_left_behind_is_checked() -> None:
+    features = make_features("random", 40, 9)
+    codes = ops.coreset_codes(features)
+    state, behind, none = torch.full((40,), float("inf"), dtype=torch.float64), torch.full((40,), -1, dtype=torch.int32), torch.empty(0, dtype=torch.int64)
+    for lowered, picks, sentence in (
+        (behind[1:], none, "lowered to be a contiguous int32 CPU tensor of shape"),
+        (behind.long(), none, "lowered to be"),
+        (behind + 2, none, r"lowered to lie in \[-1, 0\], got 1 in row 0"),
+        (behind, torch.tensor([[3]]), "picks to be of shape"),
+        (behind, torch.tensor([40]), "picks to"),
+        (behind, torch.arange(38), "picks to be at most 37 rows, got 38"),
+    ):
+        with pytest.raises(ValueError, match=f"^greedy_coreset_lazily: expected {sentence}"):
+            ops.greedy_coreset_lazily(features, state, lowered, picks, 3, codes)
 
 
 def test_codes_of_strided_transposed_and_offset_storage() -> None:

@@ -156,6 +156,14 @@ SAMPLES = {
         torch.full((9,), INFINITY, dtype=torch.float64),
     ),
     "greedy_coreset": lambda: (make_features("random", 9, 5), torch.full((9,), INFINITY, dtype=torch.float64), 4),
+    "greedy_coreset_lazily": lambda: (
+        make_features("random", 9, 5),
+        torch.full((9,), INFINITY, dtype=torch.float64),
+        torch.full((9,), -1, dtype=torch.int32),
+        torch.empty(0, dtype=torch.int64),
+        4,
+        ops.coreset_codes(make_features("random", 9, 5)),
+    ),
     "coreset_codes": lambda: (make_features("random", 9, 5), torch.zeros(5, dtype=torch.float64), torch.eye(5, 3, dtype=torch.float64) * 0.99),
     "add_picks": lambda: (
         make_features("random", 9, 5),

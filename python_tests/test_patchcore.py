@@ -322,6 +322,7 @@ def test_interrupted_fit_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(model.extractor, "forward", interrupt)
     elif stage == "coreset":
         monkeypatch.setattr("patchcore_ext.ops.greedy_coreset", interrupt)
+        monkeypatch.setattr("patchcore_ext.ops.greedy_coreset_lazily", interrupt)
     else:
         monkeypatch.setattr("patchcore_ext._calibration.conformal_threshold", interrupt)
     with pytest.raises(KeyboardInterrupt):

@@ -53,6 +53,7 @@ class Study:
     progress: bool | None = None
     only_finished: bool = False
     _stores: dict[tuple[str, int | None], MapStore] = field(default_factory=dict)
+    _scored: dict[str, Scored] = field(default_factory=dict)
 
     def run(self, rows: Sequence[Row], seeds: int) -> dict[str, Any]:
         """All rows: by name, the runs (one for each seed: by class, metrics, facts and seconds), or why there are none."""
@@ -96,7 +97,7 @@ class Study:
         options = {"patch_size": row.patch_size, "stride": row.stride, "aggregation": self.aggregation}
         size = store.transform.window(256, 256).size
         patches = [Patches(store, paths, layers, **options) for paths in (train, test)]  # type: ignore[arg-type]
-        return Case(row, seed, patches[0], patches[1], size, self.out / "cache", row.pixels or self.dataset.measures_pixels)
+        return Case(row, seed, patches[0], patches[1], size, self.out / "cache", row.pixels or self.dataset.measures_pixels, scored=self._scored)
 
     def forward_seconds(self, row: Row, paths: Sequence[str]) -> float:
         """Seconds from an image file to its patch features, the median of a few images, one at a time."""

@@ -200,34 +200,66 @@ void add_picks(const Tensor& features, const Tensor& picks, Tensor min_distances
                         static_cast<double*>(min_distances.mutable_data_ptr()), nullptr);
 }
 
-std::tuple<Tensor, Tensor> greedy_coreset(const Tensor& features, Tensor min_distances, int64_t count, std::optional<Tensor> codes) {
-  const char* op = "greedy_coreset";
-  const Feature input = features_of(features, op, "features");
-  check_vector(min_distances, ScalarType::Double, input.rows.count, op, "min_distances", "float64");
+// Checks the state of a selection, and that so many rows are left to be picked.
+double* checked_state(Tensor& min_distances, const Rows& rows, int64_t count, const char* op) {
+  check_vector(min_distances, ScalarType::Double, rows.count, op, "min_distances", "float64");
   double* state = static_cast<double*>(min_distances.mutable_data_ptr());
   int64_t open = 0;
-  for (int64_t i = 0; i < input.rows.count; ++i) {
+  for (int64_t i = 0; i < rows.count; ++i) {
     if (!(state[i] >= 0 || state[i] == kPicked)) {  // NaN too: it has no place in the order of picks
       fail(op, ": expected min_distances to hold squared distances, or -1 for picks, got ", state[i], " in row ", i, ".");
     }
     open += state[i] != kPicked;
   }
   if (count < 0 || count > open) fail(op, ": expected count to lie in [0, ", open, "], the rows not yet picked, got ", count, ".");
-  Tensor indices = empty({count}, ScalarType::Long);
-  Tensor squared_distances = empty({count}, ScalarType::Double);
-  int64_t* picks = static_cast<int64_t*>(indices.mutable_data_ptr());
-  double* values = static_cast<double*>(squared_distances.mutable_data_ptr());
+  return state;
+}
+
+// Picks by the batched algorithm.
+std::tuple<Tensor, Tensor> batched_picks(const Rows& rows, const Tensor& codes, double* state, const CoresetBehind* behind, int64_t count,
+                                         const char* op) {
+  check_codes(codes, rows, op);
+  Tensor indices = empty({count}, ScalarType::Long), squared_distances = empty({count}, ScalarType::Double);
+  const Parallel parallel = torch_threads(rows.count * rows.dim);
+  const Workspace memory(batched_coreset_workspace_bytes(rows, codes.const_data_ptr(), parallel));
+  batched_greedy_coreset_cpu(rows, codes.const_data_ptr(), count, {}, parallel, memory.get(), state, behind,
+                             static_cast<int64_t*>(indices.mutable_data_ptr()), static_cast<double*>(squared_distances.mutable_data_ptr()), nullptr);
+  return {indices, squared_distances};
+}
+
+std::tuple<Tensor, Tensor> greedy_coreset(const Tensor& features, Tensor min_distances, int64_t count, std::optional<Tensor> codes) {
+  const char* op = "greedy_coreset";
+  const Feature input = features_of(features, op, "features");
+  double* state = checked_state(min_distances, input.rows, count, op);
+  if (codes.has_value()) return batched_picks(input.rows, *codes, state, nullptr, count, op);
+  Tensor indices = empty({count}, ScalarType::Long), squared_distances = empty({count}, ScalarType::Double);
   const Parallel parallel = torch_threads(input.rows.count * input.rows.dim);
-  if (codes.has_value()) {
-    check_codes(*codes, input.rows, op);
-    const Workspace memory(batched_coreset_workspace_bytes(input.rows, codes->const_data_ptr(), parallel));
-    batched_greedy_coreset_cpu(input.rows, codes->const_data_ptr(), count, {}, parallel, memory.get(), state, picks, values, nullptr);
-    return {indices, squared_distances};
-  }
   const Workspace memory(coreset_workspace_bytes(input.rows, parallel));
-  const Status status = greedy_coreset_cpu(input.rows, count, parallel, memory.get(), state, picks, values);
+  const Status status = greedy_coreset_cpu(input.rows, count, parallel, memory.get(), state, static_cast<int64_t*>(indices.mutable_data_ptr()),
+                                           static_cast<double*>(squared_distances.mutable_data_ptr()));
   if (status != Status::kOk) explain_nonfinite(op, {{"features", &input.rows}});
   return {indices, squared_distances};
+}
+
+std::tuple<Tensor, Tensor> greedy_coreset_lazily(const Tensor& features, Tensor min_distances, Tensor lowered, const Tensor& picks, int64_t count,
+                                                 const Tensor& codes) {
+  const char* op = "greedy_coreset_lazily";
+  const Feature input = features_of(features, op, "features");
+  double* state = checked_state(min_distances, input.rows, count, op);
+  check_vector(lowered, ScalarType::Int, input.rows.count, op, "lowered", "int32");
+  if (picks.dim() != 1) fail(op, ": expected picks to be of shape [count], got ", shape_of(picks), ".");
+  check_vector(picks, ScalarType::Long, picks.size(0), op, "picks", "int64");
+  const int64_t* known = static_cast<const int64_t*>(picks.const_data_ptr());
+  check_picks(known, picks.size(0), input.rows, op);
+  if (picks.size(0) + count > input.rows.count)
+    fail(op, ": expected picks to be at most ", input.rows.count - count, " rows, got ", picks.size(0), ".");
+  int32_t* lowered_by = static_cast<int32_t*>(lowered.mutable_data_ptr());
+  for (int64_t i = 0; i < input.rows.count; ++i) {
+    if (lowered_by[i] < kUpToDate || lowered_by[i] > picks.size(0))
+      fail(op, ": expected lowered to lie in [-1, ", picks.size(0), "], got ", lowered_by[i], " in row ", i, ".");
+  }
+  const CoresetBehind behind = {known, picks.size(0), lowered_by};
+  return batched_picks(input.rows, codes, state, &behind, count, op);
 }
 
 Tensor prepare_bank(const Tensor& bank, const Tensor& center, const Tensor& matrix, int64_t short_outputs, const Tensor& order) {
@@ -338,6 +370,7 @@ STABLE_TORCH_LIBRARY_IMPL(patchcore_ext, CPU, library) {
   library.impl("coreset_codes", TORCH_BOX(&patchcore::bindings::coreset_codes));
   library.impl("add_picks", TORCH_BOX(&patchcore::bindings::add_picks));
   library.impl("greedy_coreset", TORCH_BOX(&patchcore::bindings::greedy_coreset));
+  library.impl("greedy_coreset_lazily", TORCH_BOX(&patchcore::bindings::greedy_coreset_lazily));
   library.impl("prepare_bank", TORCH_BOX(&patchcore::bindings::prepare_bank));
   library.impl("nearest_neighbors", TORCH_BOX(&patchcore::bindings::nearest_neighbors));
   library.impl("image_scores", TORCH_BOX(&patchcore::bindings::image_scores));

@@ -1,6 +1,8 @@
 // Greedy k-center (coreset.h) against the textbook loop.
 #include "coreset.h"
 
+#include <algorithm>
+
 #include "check.h"
 #include "cpu/codes.h"
 #include "cpu/dispatch.h"
@@ -137,7 +139,7 @@ Result select_with(const Rows& rows, const Packed& packed, int64_t count, int64_
   result.indices.resize(static_cast<size_t>(count));
   result.squared_distances.resize(static_cast<size_t>(count));
   for (int64_t done = 0; done < count; done += slice) {
-    batched_greedy_coreset_cpu(rows, packed.codes(), std::min(slice, count - done), options, parallel, workspace.data(), result.state.data(),
+    batched_greedy_coreset_cpu(rows, packed.codes(), std::min(slice, count - done), options, parallel, workspace.data(), result.state.data(), nullptr,
                                result.indices.data() + done, result.squared_distances.data() + done, statistics);
   }
   return result;
@@ -256,6 +258,45 @@ TEST(no_discarded_pair_would_have_changed_a_minimum) {
   }
   std::cout << "     discarded " << 100.0 * static_cast<double>(discarded) / static_cast<double>(pairs) << "% of " << pairs << " pairs\n";
   CHECK(discarded > pairs / 2);
+}
+
+// Rows left behind change no pick; the values of the others, and the largest, are exact.
+TEST(rows_left_behind_are_not_missed) {
+  int64_t left_behind = 0, states = 0;
+  for (const int64_t dim : {3, 33, 129}) {
+    for (data::Set& set : data::sets(700, dim)) {
+      const Rows& rows = data::rows_of(set);
+      const Packed packed(rows, std::min<int64_t>(dim - 1, 11));
+      const int64_t count = 260;
+      const Result expected = select(rows, count, count, serial());
+      for (const CoresetOptions& options : {CoresetOptions{}, CoresetOptions{16, 1, 0}, CoresetOptions{64, -1, 0}, CoresetOptions{0, 0, 1}}) {
+        for (const int64_t slice : {count, int64_t{1}, int64_t{37}}) {
+          const Parallel parallel = slice == 37 ? data::slots(3) : serial();
+          std::vector<double> workspace(static_cast<size_t>(batched_coreset_workspace_bytes(rows, packed.codes(), parallel)) / 8 + 1);
+          std::vector<double> state(static_cast<size_t>(rows.count), kInfinity), values(static_cast<size_t>(count));
+          std::vector<int32_t> lowered(static_cast<size_t>(rows.count), kUpToDate);
+          std::vector<int64_t> picks(static_cast<size_t>(count));
+          for (int64_t done = 0; done < count; done += slice) {
+            const CoresetBehind behind = {picks.data(), done, lowered.data()};
+            batched_greedy_coreset_cpu(rows, packed.codes(), std::min(slice, count - done), options, parallel, workspace.data(), state.data(),
+                                       &behind, picks.data() + done, values.data() + done, nullptr);
+          }
+          if (picks != expected.indices) std::cerr << set.name << " dim " << dim << " slice " << slice << " batch " << options.batch << "\n";
+          CHECK(picks == expected.indices);
+          CHECK(values == expected.squared_distances);
+          const double largest = *std::max_element(expected.state.begin(), expected.state.end());
+          CHECK_EQ(*std::max_element(state.begin(), state.end()), largest);
+          for (size_t i = 0; i < state.size(); ++i) {
+            ++states;
+            left_behind += lowered[i] != kUpToDate;
+            CHECK(lowered[i] == kUpToDate ? state[i] == expected.state[i] : state[i] >= expected.state[i] && state[i] < largest);
+          }
+        }
+      }
+    }
+  }
+  std::cout << "     left behind at the end " << 100.0 * static_cast<double>(left_behind) / static_cast<double>(states) << "% of the rows\n";
+  CHECK(left_behind > states / 10);
 }
 
 // A filter without the residual term must be caught by the comparison with the loop: the tests above have teeth.

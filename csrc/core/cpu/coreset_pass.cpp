@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 
 #include "cpu/coreset_run.h"
 #include "cpu/rows.h"
@@ -22,12 +23,14 @@ struct SlotMemory {
   int32_t* survivors;  // [kRowBlock, kGroupOperands]
   int32_t* dots;       // [kGroupOperands]
   float* row;          // [dim], widened
+  uint8_t* codes;      // [kRowBlock, 4 * words], of rows that do not lie together
 };
 
 SlotMemory slot_memory(const CoresetRun& run, int64_t slot) {
   int32_t* begin = reinterpret_cast<int32_t*>(run.slots + slot * run.slot_bytes);
   int32_t* dots = begin + kRowBlock * kGroupOperands;
-  return {begin, dots, reinterpret_cast<float*>(dots + kGroupOperands)};
+  float* row = reinterpret_cast<float*>(dots + kGroupOperands);
+  return {begin, dots, row, reinterpret_cast<uint8_t*>(row + (run.rows.dim + 15) / 16 * 16)};
 }
 
 // ---- The pass
@@ -95,18 +98,30 @@ struct Block {
   int64_t counts[kRowBlock];
 };
 
-void load_block(const CoresetRun& run, int64_t begin, int64_t count, Block* block) {
+// Rows which[0 .. count).
+void load_block(const CoresetRun& run, const int32_t* which, int64_t count, Block* block) {
   for (int64_t r = 0; r < kRowBlock; ++r) {  // rows beyond the last want nothing
-    block->reach[r] = r < count ? run.reach[begin + r] : -INFINITY;
-    block->norms[r] = r < count ? run.first.squared_norms[begin + r] : 0;
+    block->reach[r] = r < count ? run.reach[which[r]] : -INFINITY;
+    block->norms[r] = r < count ? run.first.squared_norms[which[r]] : 0;
   }
 }
 
-// Lowers rows [begin, begin + count), count <= kRowBlock.
-void update_block(CoresetRun* run, const Operands& operands, int64_t begin, int64_t count, const SlotMemory& memory, CoresetStatistics* statistics) {
+// The first codes of rows which[0 .. count), one behind the other: where they are, or copied to `memory`.
+const uint8_t* codes_of(const CoresetRun& run, const int32_t* which, int64_t count, uint8_t* memory) {
+  const int64_t bytes = 4 * run.first.words;
+  bool together = true;
+  for (int64_t r = 0; r < count; ++r) together &= which[r] == which[0] + r;
+  if (together) return run.first.codes + which[0] * bytes;
+  for (int64_t r = 0; r < count; ++r) std::memcpy(memory + r * bytes, run.first.codes + which[r] * bytes, static_cast<size_t>(bytes));
+  return memory;
+}
+
+// Lowers rows which[0 .. count), count <= kRowBlock.
+void update_block(CoresetRun* run, const Operands& operands, const int32_t* which, int64_t count, const SlotMemory& memory,
+                  CoresetStatistics* statistics) {
   Block block;
-  load_block(*run, begin, count, &block);
-  const uint8_t* codes = run->first.codes + begin * 4 * run->first.words;
+  load_block(*run, which, count, &block);
+  const uint8_t* codes = codes_of(*run, which, count, memory.codes);
   const int64_t tiles = num_tiles(operands.count);
   for (int64_t group = 0; group < tiles; group += kGroupTiles) {
     std::fill(block.counts, block.counts + kRowBlock, 0);
@@ -122,8 +137,8 @@ void update_block(CoresetRun* run, const Operands& operands, int64_t begin, int6
     for (int64_t r = 0; r < count; ++r) {
       if (block.counts[r] == 0) continue;
       statistics->survivors += block.counts[r];
-      statistics->canonical += rescue(run, operands, begin + r, memory.survivors + r * kGroupOperands, block.counts[r], memory);
-      block.reach[r] = run->reach[begin + r];
+      statistics->canonical += rescue(run, operands, which[r], memory.survivors + r * kGroupOperands, block.counts[r], memory);
+      block.reach[r] = run->reach[which[r]];
     }
   }
 }
@@ -134,8 +149,10 @@ double survivor_share(const CoresetRun& run, const Operands& operands) {
   for (int64_t b = 0; b < kSampleBlocks; ++b) {
     const int64_t begin = b * run.rows.count / kSampleBlocks;
     const int64_t count = std::min(kRowBlock, run.rows.count - begin);
+    int32_t which[kRowBlock];
+    for (int64_t r = 0; r < count; ++r) which[r] = static_cast<int32_t>(begin + r);
     Block block;
-    load_block(run, begin, count, &block);
+    load_block(run, which, count, &block);
     for (int64_t t = 0; t < num_tiles(operands.count); ++t) {
       level().int8_floors(block.reach, block.norms, kRowBlock, operands.tile_residuals[t], block.floors);
       const uint8_t* codes = run.first.codes + begin * 4 * run.first.words;
@@ -152,7 +169,8 @@ double survivor_share(const CoresetRun& run, const Operands& operands) {
 }  // namespace
 
 int64_t slot_memory_bytes(const Rows& rows) {
-  return (kRowBlock + 1) * kGroupOperands * static_cast<int64_t>(sizeof(int32_t)) + (rows.dim * 4 + 63) / 64 * 64;
+  const int64_t row = (rows.dim + 15) / 16 * 16;  // codes of a row are at most as many
+  return (kRowBlock + 1) * kGroupOperands * static_cast<int64_t>(sizeof(int32_t)) + row * 4 + kRowBlock * row;
 }
 
 void use_filter(CoresetRun* run, const Codes& first) {
@@ -175,20 +193,20 @@ void choose_filter(CoresetRun* run, const CoresetOptions& options, const int64_t
   if (survivor_share(*run, *operands) * kDotWords > static_cast<double>(run->full.words - run->prefix.words)) use_filter(run, run->full);
 }
 
-void update_all(CoresetRun* run, const Operands& operands) {
+void update_rows(CoresetRun* run, const Operands& operands, const int32_t* which, int64_t num_rows) {
   std::atomic<int64_t> survivors{0}, canonical{0};
   run->parallel([&](int64_t slot) {
     const SlotMemory memory = slot_memory(*run, slot);
     CoresetStatistics counted;
     // Blocks in turn: rows that lie together are alike, and the slots shall have the same share of the rows that take long.
-    for (int64_t begin = slot * kRowBlock; begin < run->rows.count; begin += run->parallel.num_slots * kRowBlock) {
-      update_block(run, operands, begin, std::min(kRowBlock, run->rows.count - begin), memory, &counted);
+    for (int64_t begin = slot * kRowBlock; begin < num_rows; begin += run->parallel.num_slots * kRowBlock) {
+      update_block(run, operands, which + begin, std::min(kRowBlock, num_rows - begin), memory, &counted);
     }
     survivors += counted.survivors;
     canonical += counted.canonical;
   });
   ++run->statistics.passes;
-  run->statistics.pairs += run->rows.count * operands.count;
+  run->statistics.pairs += num_rows * operands.count;
   run->statistics.survivors += survivors;
   run->statistics.canonical += canonical;
 }

@@ -19,6 +19,8 @@ struct CoresetRun {
   double* state;          // min_squared_distances
   double* reach;          // [N], of `first` (filter.h, section 4); follows `state`
   Candidate* candidates;  // [N]
+  int32_t* active;        // [N], the rows that passes lower: those not left behind (coreset.h); picks may be among them
+  int64_t num_active;
   Codes prefix, full;
   Codes first, second;  // the filter in use: prefix then full, or full twice
   double slack;
@@ -41,7 +43,7 @@ void use_filter(CoresetRun* run, const Codes& first);
 // scratch memory.
 void choose_filter(CoresetRun* run, const CoresetOptions& options, const int64_t* which, int64_t count, Operands* operands);
 
-// Lowers all rows by the operands.
-void update_all(CoresetRun* run, const Operands& operands);
+// Lowers rows which[0 .. count) by the operands.
+void update_rows(CoresetRun* run, const Operands& operands, const int32_t* which, int64_t count);
 
 }  // namespace patchcore
