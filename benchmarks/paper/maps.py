@@ -23,7 +23,7 @@ from patchcore_ext.features import FeatureExtractor
 from patchcore_ext.images import ImageTransform, load_image
 from patchcore_ext.memory_bank import atomic_write
 
-_BATCH = 8
+_BATCH, _BATCH_PIXELS = 8, 8 * 224 * 224  # of images that go through the network together: more leave the cache (448 px: two take 0.81 of the time of eight)
 
 
 def digest_of(value: Any) -> str:
@@ -87,7 +87,9 @@ class MapStore:
                     with atomic_write(self._file(path, layer)) as temporary, open(temporary, "wb") as file:
                         np.save(file, value.contiguous().numpy())
 
-        parts = [missing[start : start + _BATCH] for start in range(0, len(missing), _BATCH)]
+        height, width = self.transform.window(256, 256).size
+        batch = min(_BATCH, max(2, _BATCH_PIXELS // (height * width)))
+        parts = [missing[start : start + batch] for start in range(0, len(missing), batch)]
         with tqdm(total=len(missing), desc=f"{extractor.backbone_name} {'+'.join(layers)}", unit="image", disable=None if self._progress else True) as bar:
             for index in in_threads(work, parts):
                 bar.update(len(parts[index]))

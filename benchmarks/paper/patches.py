@@ -49,7 +49,7 @@ class Patches:
         return self._features(self.paths[:1])[1]
 
     def chunks(self) -> Iterator[Tensor]:
-        """Features [B, P, D] of all images, a few at a time, in order. Those of the last list of images that was asked for stay in memory if they fit."""
+        """Features [B, P, D] of all images, a few at a time, in order. Those of the last two lists that were asked for stay in memory if they fit."""
         kept = _kept(self)
         yield from self.made() if kept is None else kept
 
@@ -64,23 +64,24 @@ class Patches:
         num_patches, dim = first.shape[1:]
         if indices is None:
             filled, rows = 0, torch.empty((len(self.paths) * num_patches, dim))
-            for chunk in self.made():
+            for chunk in self.chunks():
                 part = chunk.flatten(0, 1)
                 rows[filled : filled + len(part)] = part
                 filled += len(part)
             return rows
-        rows = torch.empty((len(indices), dim))
+        kept, rows = _kept(self), torch.empty((len(indices), dim))
         order = indices.argsort()
         images, counts = torch.unique_consecutive(indices[order] // num_patches, return_counts=True)
         for image, places in zip(images.tolist(), order.split(counts.tolist()), strict=True):
-            rows[places] = self._features(self.paths[image : image + 1])[0][0, indices[places] % num_patches]
+            features = self._features(self.paths[image : image + 1])[0][0] if kept is None else kept[image // _CHUNK][image % _CHUNK]
+            rows[places] = features[indices[places] % num_patches]
         return rows
 
     def projected(self, seed: int) -> Tensor:
         """All rows as CoresetSampler projects them before it picks: [N, min(D, 128)], the same bits."""
         matrix: Tensor | None = None
         parts = []
-        for chunk in self.made():
+        for chunk in self.chunks():
             part = chunk.flatten(0, 1)
             if part.shape[1] <= PROJECTION_DIM:
                 parts.append(part)
@@ -101,10 +102,9 @@ class Patches:
         return features, grid
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _kept(patches: Patches) -> list[Tensor] | None:
     """All features, or None where they take too much memory."""
-    first = next(patches.made())
-    if first[0].numel() * 4 * len(patches.paths) > _KEPT_BYTES:
+    if patches._features(patches.paths[:1])[0].numel() * 4 * len(patches.paths) > _KEPT_BYTES:
         return None
     return list(patches.made())

@@ -46,4 +46,26 @@ void choose_filter(CoresetRun* run, const CoresetOptions& options, const int64_t
 // Lowers rows which[0 .. count) by the operands.
 void update_rows(CoresetRun* run, const Operands& operands, const int32_t* which, int64_t count);
 
+// Candidates for the next picks.
+struct Selection {
+  int64_t count;       // candidates, ascending by index at the front of run->candidates
+  Candidate excluded;  // the best row that is not among them
+};
+
+// The first `batch` of the active rows in the order of picks.
+Selection select_candidates(CoresetRun* run, int64_t batch);
+
+// Memory of the candidates beside their operands.
+struct Chain {
+  Operands operands;
+  double* values;   // [padded], kPicked where there is none
+  int32_t* floors;  // [padded]
+  int64_t* rows;    // [count]
+};
+
+// Sequential greedy among the candidates while the best of them comes before `excluded` and is not below the threshold of the rows left behind; at
+// most `count` picks. Returns their number and leaves state and reach of the candidates as the picks leave them.
+int64_t run_chain(CoresetRun* run, const Selection& selection, double threshold, int64_t count, Chain* chain, int64_t* indices,
+                  double* squared_distances);
+
 }  // namespace patchcore
