@@ -61,7 +61,7 @@ def test_neighbors_are_the_same_where_a_prefix_pays(offset: float, dtype: torch.
 def test_copies_of_small_banks_stay_within_their_share_of_memory(dim: int) -> None:
     """A prefix pays from a few hundred rows on, but its matrix is as large for few rows as for many."""
     shares = {}
-    for rows in (64, 65, 130, 256, 300, 400, 655, 1300):
+    for rows in (64, 130, 256, 300, 400, 655, 1300):
         bank = features_like_real_ones(rows, dim)
         codes = ops.prepare_bank(bank)
         shares[rows] = sum(code.nbytes for code in codes) / (4 * bank.numel())

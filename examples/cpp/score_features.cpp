@@ -89,7 +89,7 @@ std::vector<int64_t> select_coreset(const Rows& rows, int64_t count, const Paral
   std::vector<double> squared_distances(static_cast<size_t>(count));
   const Memory workspace = allocate(patchcore::batched_coreset_workspace_bytes(rows, codes.get(), parallel));
   patchcore::batched_add_picks_cpu(rows, codes.get(), picks.data(), 1, parallel, workspace.get(), state.data(), nullptr);
-  patchcore::batched_greedy_coreset_cpu(rows, codes.get(), count - 1, {}, parallel, workspace.get(), state.data(), picks.data() + 1,
+  patchcore::batched_greedy_coreset_cpu(rows, codes.get(), count - 1, {}, parallel, workspace.get(), state.data(), nullptr, picks.data() + 1,
                                         squared_distances.data(), nullptr);
   return picks;
 }
