@@ -84,11 +84,11 @@ PATCHCORE_HOST_DEVICE double canonical_slack(int64_t dim) { return static_cast<d
 // p = fl(S fl(x - mu)) for one coordinate. S > 0, finite; mu any double (a float or double centre). residual_bound accounts for its error.
 PATCHCORE_HOST_DEVICE double scaled_coordinate(double value, double center, double scale) { return multiply(scale, subtract(value, center)); }
 
-// The int8 scale, in codes per unit, that puts `magnitude` at code 127. Any S is sound. Rows beyond are clipped, which blunts their bound, but a
-// finer step sharpens everyone's: hand in about the 80th percentile of the rows' largest |x_j - mu_j|, with mu a median (outliers move a mean).
-// Measured on 31,360 rows of ResNet18 features, pairs that survive without improving: at d = 128 0.17% of all for the 99.9th percentile and 0.095%
-// for the 80th, at d = 384 1.29% and 0.54%. A useless magnitude (0, NaN, Inf) gives 1. For magnitudes of float32 rows S lies in [2^-123, 2^157], so
-// S times any difference of rows stays in range.
+// The int8 scale, in codes per unit, that puts `magnitude` at code 127; for codes within a smaller range, in proportion. Any S is sound. Rows beyond
+// are clipped, which blunts their bound, but a finer step sharpens everyone's: hand in about the 80th percentile of the rows' largest |x_j - mu_j|,
+// with mu a median (outliers move a mean). Measured on 31,360 rows of ResNet18 features, pairs that survive without improving: at d = 128 0.17% of
+// all for the 99.9th percentile and 0.095% for the 80th, at d = 384 1.29% and 0.54%. A useless magnitude (0, NaN, Inf) gives 1. For magnitudes of
+// float32 rows S lies in [2^-123, 2^157], so S times any difference of rows stays in range.
 PATCHCORE_HOST_DEVICE double int8_scale(double magnitude) { return magnitude >= 0x1p-150 && magnitude <= 0x1p130 ? kMaxCode / magnitude : 1.0; }
 
 struct RoundedCode {
