@@ -138,8 +138,8 @@ class CoresetSampler:
             ValueError: No rows, ``num_samples`` larger than N, ``start`` or ``initial_indices`` not (different) rows, more of them than are to be kept, or a
                 row with NaN or infinity (the message names the first).
 
-        Cost: N * num_samples int8 products of 48 (rarely min(D, projection_dim)) terms. Memory beside the features: the projection (4 * projection_dim bytes
-        a row) and at most three quarters of it again.
+        Cost: N * num_samples int8 products of 48 (rarely min(D, projection_dim)) terms, on the CPU about half of them. Memory beside the features: the
+        projection (4 * projection_dim bytes a row) and at most three quarters of it again.
         """
         rows = _checks.features("CoresetSampler.select", "features", features).detach()
         num_rows = rows.shape[0]

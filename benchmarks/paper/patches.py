@@ -64,7 +64,7 @@ class Patches:
         num_patches, dim = first.shape[1:]
         if indices is None:
             filled, rows = 0, torch.empty((len(self.paths) * num_patches, dim))
-            for chunk in self.chunks():
+            for chunk in self.made():
                 part = chunk.flatten(0, 1)
                 rows[filled : filled + len(part)] = part
                 filled += len(part)

@@ -10,9 +10,8 @@ STABLE_TORCH_LIBRARY(patchcore_ext, library) {
   library.def(
       "greedy_coreset(Tensor features, Tensor(a!) min_distances, int count, Tensor? codes=None) -> (Tensor indices, Tensor squared_distances)");
   library.def(
-      "greedy_coreset_lazily(Tensor features, Tensor(a!) min_distances, Tensor(b!) lowered, Tensor picks, int count, Tensor codes) -> (Tensor "
-      "indices, "
-      "Tensor squared_distances)");
+      "greedy_coreset_lazily(Tensor features, Tensor(a!) min_distances, Tensor(b!) lowered, Tensor picks, int count, Tensor codes) -> "
+      "(Tensor indices, Tensor squared_distances)");
   library.def("add_picks(Tensor features, Tensor picks, Tensor(a!) min_distances, Tensor codes) -> ()");
   library.def("prepare_bank(Tensor bank, Tensor center, Tensor matrix, int short_outputs, Tensor order) -> Tensor");
   library.def("nearest_neighbors(Tensor queries, Tensor bank, int k, Tensor? prepared=None) -> (Tensor squared_distances, Tensor indices)");
