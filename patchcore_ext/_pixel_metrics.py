@@ -9,11 +9,11 @@ the digits depend neither on the memory nor on the threads.
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import zip_longest
 from typing import Any
 
@@ -148,25 +148,27 @@ class PixelMetrics:
         if num_good > 0 and num_anomalous > 0:
             bound = self.limit * num_good
             pairs = 0  # twice the pairs of an anomalous and a good pixel in their right order, ties counted as one half
-
-            def areas() -> Iterator[float]:
-                nonlocal pairs
-                for pixels in self._anomalous.blocks():
-                    above, reached = self._good_counts(pixels["value"].copy())
-                    pairs += int((2 * num_good - above - reached).sum())
-                    yield from _floats(_areas(above, reached, bound) / pixels["size"])
-
-            aupro = math.fsum(areas()) / (bound * self._num_components)  # fsum: exact, so the same in any order
+            areas = Fraction(0)
+            for pixels in self._anomalous.blocks():
+                above, reached = self._good_counts(pixels["value"].copy())
+                pairs += int((2 * num_good - above - reached).sum())
+                areas += _exact_sum(_areas(above, reached, bound) / pixels["size"])
+            aupro = float(areas) / (bound * self._num_components)
             pixel_auroc = pairs / (2 * num_good * num_anomalous)
         return PixelResult(pixel_auroc, aupro, self.limit, self.num_images, num_good + num_anomalous, num_anomalous, self._num_components)
 
     def _good_counts(self, values: Array) -> tuple[Array, Array]:
         """How many good pixels lie above each of the sorted values, and how many reach it: int64 [A] each."""
         above, reached = np.zeros(len(values), np.int64), np.zeros(len(values), np.int64)
-        for block in self._good.blocks():
-            for piece in np.array_split(block, self._num_pieces):
-                above += len(piece) - np.searchsorted(piece, values, "right")
-                reached += len(piece) - np.searchsorted(piece, values, "left")
+
+        def counts(piece: Array) -> tuple[Array, Array]:
+            return len(piece) - np.searchsorted(piece, values, "right"), len(piece) - np.searchsorted(piece, values, "left")
+
+        with ThreadPoolExecutor(self._num_pieces) as pool:
+            for block in self._good.blocks():
+                for piece_above, piece_reached in pool.map(counts, np.array_split(block, self._num_pieces)):
+                    above += piece_above
+                    reached += piece_reached
         return above, reached
 
     def _sort_good(self, block: Array) -> None:
@@ -240,9 +242,21 @@ def _areas(above: Array, reached: Array, bound: float) -> Array:
     return np.where(reached <= bound, whole, np.where(above < bound, cut, 0.0))
 
 
-def _floats(values: Array) -> Iterator[float]:
-    for start in range(0, len(values), 4096):
-        yield from values[start : start + 4096].tolist()
+def _exact_sum(values: Array) -> Fraction:
+    """The sum of finite float64 values [A] without rounding, so the same in any order: what math.fsum rounds, for arrays.
+
+    A value is a whole number below 2^53 times a power of two. Whole numbers of the same power are added as their upper 27 and lower 26 bits: the sums
+    of up to 2^26 of these stay within the 53 bits of float64, in which bincount adds.
+    """
+    total = Fraction(0)
+    for start in range(0, len(values), 1 << 26):
+        mantissas, exponents = np.frexp(values[start : start + (1 << 26)])
+        whole = np.ldexp(mantissas, 53).astype(np.int64)
+        least = int(exponents.min())
+        for part, bits in ((whole >> 26, 26), (whole & ((1 << 26) - 1), 0)):
+            for power, count in enumerate(np.bincount(exponents - least, weights=part)):
+                total += Fraction(int(count)) * Fraction(2) ** (least + power + bits - 53)
+    return total
 
 
 def _map_values(anomaly_map: ArrayLike) -> npt.NDArray[np.float32]:

@@ -7,6 +7,7 @@ import math
 import tracemalloc
 import warnings
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from scipy import ndimage
 from sklearn import metrics as sklearn_metrics
 
 from patchcore_ext import metrics
+from patchcore_ext._pixel_metrics import _exact_sum
 from patchcore_ext.metrics import PixelMetrics
 
 Image = tuple[np.ndarray, np.ndarray]  # mask, map
@@ -294,3 +296,19 @@ def test_real_masks(magnetic_tiles: Path) -> None:
     assert len(images) > 3
     assert any((mask > 0).any() for mask, _ in images)
     assert metrics.aupro([m for m, _ in images], [v for _, v in images]) == pytest.approx(aupro_by_definition(images, 0.3), abs=1e-12)
+
+
+@pytest.mark.parametrize("span", [0, 3, 60, 1000])
+def test_exact_sum_is_that_of_fractions_and_rounds_as_fsum_does(span: int) -> None:
+    generator = np.random.default_rng(span)
+    values = generator.standard_normal(5000) * 2.0 ** generator.integers(-span, span + 1, 5000)
+    values[:4] = [0.0, -0.0, 5e-324, np.nextafter(1.0, 2.0)]
+    found = _exact_sum(values)
+    assert found == sum(map(Fraction, values.tolist()))
+    assert float(found) == math.fsum(values.tolist())
+
+
+def test_exact_sum_of_many_equal_mantissas_does_not_round() -> None:
+    largest = np.nextafter(1.0, 0.0)  # all 53 bits are set
+    assert _exact_sum(np.full(300_000, largest)) == 300_000 * Fraction(float(largest))
+    assert _exact_sum(np.empty(0)) == 0

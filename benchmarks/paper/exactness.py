@@ -9,6 +9,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from .study import Study
 
 NOMINAL, TESTED = 200, 100  # images, evenly from beginning to end
 RATIO = 0.01
+_SIDE_BY_SIDE = 2  # variants: some have one thread only, and all of them start and load alone
 FLOAT32: dict[str, Callable[[Tensor, int, int], Tensor]] = {
     "float32, sum of squared differences, C++": coreset_methods.plain_loop,
     "float32, |a|^2 + |b|^2 - 2ab, torch": coreset_methods.torch_expanded,
@@ -64,9 +66,15 @@ def _variants(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
     turns = [("exact", best, 2), ("exact", best, 1), *(("exact", level, 2) for level in others)]
     turns += [(name, None, 2) for name in FLOAT32]
     first: dict[str, Any] | None = None
-    for method, level, threads in turns:
+
+    def run(turn: tuple[str, str | None, int]) -> dict[str, Any]:
+        method, level, threads = turn
         environment = {"OMP_NUM_THREADS": str(threads), **({} if level is None else {"PATCHCORE_EXT_CPU_LEVEL": level})}
-        found = run_worker(sys.executable, "benchmarks.paper.exactness", {**arguments, "method": method, "threads": threads}, environment)
+        return run_worker(sys.executable, "benchmarks.paper.exactness", {**arguments, "method": method, "threads": threads}, environment)
+
+    with ThreadPoolExecutor(_SIDE_BY_SIDE) as pool:
+        results = list(pool.map(run, turns))
+    for (method, level, threads), found in zip(turns, results, strict=True):
         name = f"exact, {level}, {threads} thread{'s' * (threads > 1)}" if level else method
         if "error" in found:
             yield {"variant": name, "error": found["error"]}

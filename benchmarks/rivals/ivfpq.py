@@ -36,6 +36,8 @@ def _one_thread(faiss: Any) -> Iterator[None]:
 def build_index(rows: Tensor, bits: int = 8) -> Any:
     """An IndexIVFPQ of rows [M, D] with about sqrt(M) lists. Its k-means starts from a fixed seed and runs on one thread, so it is the same each time.
 
+    A row's code depends on no other row: once the rows have their lists, all threads make codes.
+
     Raises:
         ModuleNotFoundError: faiss is not installed.
     """
@@ -47,8 +49,11 @@ def build_index(rows: Tensor, bits: int = 8) -> Any:
         index = faiss.IndexIVFPQ(faiss.IndexFlatL2(dim), dim, max(1, round(count**0.5)), code_bytes(dim), bits)
         step = max(1, count // _TRAINING_ROWS)
         index.train(values[::step].copy())
-        for start in range(0, count, _TRAINING_ROWS):
-            index.add(values[start : start + _TRAINING_ROWS])
+    for start in range(0, count, _TRAINING_ROWS):
+        block = values[start : start + _TRAINING_ROWS]
+        with _one_thread(faiss):
+            _, lists = index.quantizer.search(block, 1)
+        index.add_core(len(block), faiss.swig_ptr(block), None, faiss.swig_ptr(lists))
     index.nprobe = PROBED
     index.parallel_mode = _OVER_QUERIES
     return index

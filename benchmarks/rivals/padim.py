@@ -57,9 +57,10 @@ def _block(train: Callable[[], Iterable[Tensor]], test: Callable[[], Iterable[Te
     covariance = (products - count * mean[:, :, None] * mean[:, None, :]) / max(count - 1, 1)
     covariance.diagonal(dim1=1, dim2=2).add_(regularisation)
     factor = torch.linalg.cholesky(covariance)  # lower, [P', C, C]
+    # The distance is the length of factor^-1 times the difference; its inverse, made once, turns many small solutions into products.
+    whitening = torch.linalg.solve_triangular(factor, torch.eye(len(channels), dtype=torch.float64), upper=False)  # [P', C, C]
     found = []
     for batch in chosen(test()):
         difference = (batch - origin - mean[:, None]).transpose(1, 2)  # [P', C, B]
-        solved = torch.linalg.solve_triangular(factor, difference, upper=False)
-        found.append(solved.square().sum(1).sqrt().T.float())  # [B, P']
+        found.append((whitening @ difference).square().sum(1).sqrt().T.float())  # [B, P']
     return torch.cat(found)
