@@ -217,6 +217,22 @@ def test_interrupted_run_goes_on_and_makes_no_feature_again(dataset: Dataset, tm
     assert sum(made) == 20
 
 
+def test_only_layers_that_are_missing_are_made(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[str, ...]] = []
+    maps = FeatureExtractor.maps
+
+    def noted(self: FeatureExtractor, images: torch.Tensor) -> Any:
+        made.extend([self.layers] * len(images))
+        return maps(self, images)
+
+    monkeypatch.setattr(FeatureExtractor, "maps", noted)
+    study = study_of(dataset, tmp_path / "some")
+    study.run_row(ROWS["layers-2"], 0)
+    found = study.run_row(ROWS["layers-123"], 0)
+    assert made == [("layer2",)] * 20 + [("layer1", "layer3")] * 20
+    assert numbers(found["bolt"]) == numbers(study_of(dataset, tmp_path / "all").run_row(ROWS["layers-123"], 0)["bolt"])
+
+
 def test_threads_stop_at_the_first_error() -> None:
     begun: list[int] = []
 

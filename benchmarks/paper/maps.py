@@ -69,7 +69,8 @@ class MapStore:
     def prepare(self, paths: Iterable[str], layers: Sequence[str]) -> None:
         """Makes what is missing; interrupted, it goes on from there the next time."""
         missing = [path for path in dict.fromkeys(paths) if path not in self.unreadable and not all(self._file(path, layer).exists() for layer in layers)]
-        if not missing:
+        layers = [layer for layer in layers if not all(self._file(path, layer).exists() for path in missing)]
+        if not layers:
             return
         extractor = self._make_extractor(tuple(layers))
         for layer in layers:
