@@ -184,7 +184,7 @@ TEST(matrix_products_have_the_same_bits) {
 
 TEST(int16_products_equal_the_scalar_level) {
   for (const Level& level : levels()) {
-    for (const int64_t pairs : {1, 2, 5, 192}) {
+    for (const int64_t pairs : {1, 2, 5, 64, 65, 192}) {
       for (const int64_t count : {1, 2, 3, 4, 5, 28}) {
         std::vector<int16_t> rows(static_cast<size_t>(count * 2 * pairs)), tile(static_cast<size_t>(2 * pairs * kTileOperands));
         for (int16_t& value : rows) value = static_cast<int16_t>(generator()() % 32767) - 16383;

@@ -292,29 +292,35 @@ void multiply_matrix(const double* x, const double* matrix, int64_t dim, int64_t
   }
 }
 
-// Eight outputs at a time, two rows at a time: their sums stay in registers while the tile is read once for both.
+// Part by part of the tile, which then stays in the first-level cache for all rows. Two rows and 32 outputs at a time: their sums stay in registers.
 void multiply_int16(const int16_t* rows, int64_t stride, int64_t count, const int16_t* tile, int64_t pairs, int32_t* products,
                     int64_t products_stride) {
-  for (int64_t r = 0; r < count; r += 2) {
-    const int16_t *first = rows + r * stride, *second = r + 1 < count ? first + stride : first;
-    int32_t* out = products + r * products_stride;
-    for (int64_t o = 0; o < kTileOperands; o += 32) {
-      __m256i sums[2][4];
-      for (int q = 0; q < 4; ++q) sums[0][q] = sums[1][q] = _mm256_setzero_si256();
-      for (int64_t w = 0; w < pairs; ++w) {
-        int32_t a, b;
-        __builtin_memcpy(&a, first + 2 * w, 4);
-        __builtin_memcpy(&b, second + 2 * w, 4);
-        const __m256i pair0 = _mm256_set1_epi32(a), pair1 = _mm256_set1_epi32(b);
+  constexpr int64_t kPart = 64;  // pairs: 16 KiB
+  for (int64_t begin = 0; begin < pairs; begin += kPart) {
+    const int64_t end = begin + kPart < pairs ? begin + kPart : pairs;
+    for (int64_t r = 0; r < count; r += 2) {
+      const int16_t *first = rows + r * stride, *second = r + 1 < count ? first + stride : first;
+      for (int64_t o = 0; o < kTileOperands; o += 32) {
+        __m256i* out[2] = {reinterpret_cast<__m256i*>(products + r * products_stride + o),
+                           reinterpret_cast<__m256i*>(products + (r + (r + 1 < count)) * products_stride + o)};
+        __m256i sums[2][4];
         for (int q = 0; q < 4; ++q) {
-          const __m256i operands = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + (w * kTileOperands + o + 8 * q) * 2));
-          sums[0][q] = _mm256_add_epi32(sums[0][q], _mm256_madd_epi16(pair0, operands));
-          sums[1][q] = _mm256_add_epi32(sums[1][q], _mm256_madd_epi16(pair1, operands));
+          for (int l = 0; l < 2; ++l) sums[l][q] = begin == 0 ? _mm256_setzero_si256() : _mm256_loadu_si256(out[l] + q);
         }
-      }
-      for (int q = 0; q < 4; ++q) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + o + 8 * q), sums[0][q]);
-        if (r + 1 < count) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + products_stride + o + 8 * q), sums[1][q]);
+        for (int64_t w = begin; w < end; ++w) {
+          int32_t a, b;
+          __builtin_memcpy(&a, first + 2 * w, 4);
+          __builtin_memcpy(&b, second + 2 * w, 4);
+          const __m256i pair0 = _mm256_set1_epi32(a), pair1 = _mm256_set1_epi32(b);
+          for (int q = 0; q < 4; ++q) {
+            const __m256i operands = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + (w * kTileOperands + o + 8 * q) * 2));
+            sums[0][q] = _mm256_add_epi32(sums[0][q], _mm256_madd_epi16(pair0, operands));
+            sums[1][q] = _mm256_add_epi32(sums[1][q], _mm256_madd_epi16(pair1, operands));
+          }
+        }
+        for (int q = 0; q < 4; ++q) {
+          for (int l = 0; l < 2; ++l) _mm256_storeu_si256(out[l] + q, sums[l][q]);
+        }
       }
     }
   }
