@@ -221,35 +221,36 @@ def tables(rows: list[Row]) -> str:
     return "\n\n".join(found)
 
 
-def chart(rows: list[Row]) -> None:
-    """results/knn.svg: the first case on its first number of threads."""
+def chart(name: str, rows: list[Row]) -> None:
+    """results/<name>.svg: the first case on its first number of threads."""
     first = next((row for row in rows if row["task"] == "search" and "ms" in row), None)
     if first is None:
         return
     bars = [row for row in rows if key_of(row) == key_of(first) and row["threads"] == first["threads"] and "ms" in row]
     head = f"{first['queries']:,} queries in {first['bank_rows']:,} rows, D = {first['dim']}, {first['threads']} thread: ms (logarithmic)"
     names = [NAMES[row["method"]] + (f" (recall {1 - row['wrong']:.2f})" if row["method"] in APPROXIMATE else "") for row in bars]
-    bar_chart(RESULTS / "knn.svg", head, [(name, row["ms"], row["method"].startswith("ours")) for name, row in zip(names, bars, strict=True)])
+    bar_chart(RESULTS / f"{name}.svg", head, [(label, row["ms"], row["method"].startswith("ours")) for label, row in zip(names, bars, strict=True)])
 
 
-def write_readme(rows: list[Row], note: str) -> None:
-    """Puts the tables between the marks of benchmarks/README.md."""
+def write_readme(name: str, rows: list[Row], note: str) -> None:
+    """Puts the tables between the marks of benchmarks/README.md that bear this name."""
     path = ROOT / "benchmarks" / "README.md"
     text = path.read_text(encoding="utf-8")
-    start, end = "<!-- knn: generated -->", "<!-- /knn -->"
+    start, end = f"<!-- {name}: generated -->", f"<!-- /{name} -->"
     if start not in text or end not in text:
         raise SystemExit(f"bench_knn: {path} lacks the marks {start} and {end}; nothing written there")
     before, _, rest = text.partition(start)
     _, _, after = rest.partition(end)
-    path.write_text(f"{before}{start}\n\n{note}\n\n{tables(rows)}\n\n![Milliseconds by method](results/knn.svg)\n\n{end}{after}", encoding="utf-8")
+    path.write_text(f"{before}{start}\n\n{note}\n\n{tables(rows)}\n\n![Milliseconds by method](results/{name}.svg)\n\n{end}{after}", encoding="utf-8")
 
 
 def main() -> None:
-    """Runs the plan; without --quick also writes results/knn.json, the chart and the tables."""
+    """Runs the plan; without --quick also writes the results, the chart and the tables."""
     parser = argparse.ArgumentParser(description="Nearest neighbours, and whole scoring of an image, against what people use.")
     parser.add_argument("--quick", action="store_true", help="a minute's worth; writes no results")
     parser.add_argument("--peers", metavar="PYTHON", help="interpreter of an environment with anomalib")
     parser.add_argument("--only", type=int, metavar="CASE", help="run this case of the plan alone (0 is the first) and put its rows into the results there are")
+    parser.add_argument("--name", default="knn", help="of the results' files, and of the marks in benchmarks/README.md: one for each machine (default: knn)")
     parser.add_argument("--repeats", type=int, default=9, help="runs of each method, of slow ones at most 3; the median counts")
     arguments = parser.parse_args()
     cases = plan(arguments.quick)
@@ -260,7 +261,7 @@ def main() -> None:
         print(tables(rows))
         return
     if arguments.only is not None:
-        rows = merged(rows, read_rows("knn"))
+        rows = merged(rows, read_rows(arguments.name))
     print(tables(rows))
     dims = (
         "maps of 2 to 11 layers side by side; pooled: layer2 + layer3 by aggregation paper"
@@ -271,9 +272,9 @@ def main() -> None:
         f"Real rows: {real_source()}, {dims}; {TRAIN_IMAGES} good images, greedy coresets of 1% and 10% of their {ALL_ROWS:,} patches or all of them; queries "
         f"of {QUERY_IMAGES} other images, half of them defective. *offset* is the same with 100 added to every value."
     )
-    print(write_results("knn", rows, note))
-    chart(rows)
-    write_readme(rows, note)
+    print(write_results(arguments.name, rows, note))
+    chart(arguments.name, rows)
+    write_readme(arguments.name, rows, note)
 
 
 if __name__ == "__main__":
