@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .feature_sets import DIM, path_of, real_source
-from .harness import CACHE, ROOT, bar_chart, machine, read_rows, run_worker, summary, write_results
+from .harness import CACHE, RESULTS, bar_chart, machine, read_rows, run_worker, summary, write_readme, write_results
 
 WORKER = "benchmarks.coreset_methods"
 TUNED = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000", "MALLOC_TOP_PAD_": "500000000"}
@@ -129,22 +129,15 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
     bar_chart(path, f"{case[0]['picks']:,} of {case[0]['rows']:,} rows, d = {DIM}: seconds (logarithmic)", bars)
 
 
-def write_readme(rows: list[dict[str, Any]], note: str) -> None:
-    """Puts the table between the marks of benchmarks/README.md."""
-    path = ROOT / "benchmarks" / "README.md"
-    text = path.read_text(encoding="utf-8")
-    start, end = "<!-- coreset: generated -->", "<!-- /coreset -->"
-    before, _, rest = text.partition(start)
-    _, _, after = rest.partition(end)
-    path.write_text(f"{before}{start}\n\n{note}\n\n{table(rows)}\n\n![Seconds by method](results/coreset.svg)\n\n{end}{after}", encoding="utf-8")
-
-
 def main() -> None:
-    """Runs the plan; without --quick also writes results/coreset.json, the chart and the table."""
+    """Runs the plan; without --quick also writes the results, the chart and the table."""
     parser = argparse.ArgumentParser(description="Coreset selection against what people use.")
     parser.add_argument("--quick", action="store_true", help="a minute's worth; writes no files")
     parser.add_argument("--peers", metavar="PYTHON", help="interpreter of an environment with anomalib")
     parser.add_argument("--only", type=int, metavar="CASE", help="run this case of the plan alone (0 is the first) and put its rows into the results there are")
+    parser.add_argument(
+        "--name", default="coreset", help="of the results' files and of the marks in benchmarks/README.md: one for each machine (default: coreset)"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="runs of ours; the median counts")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -152,13 +145,13 @@ def main() -> None:
     for name, count, picks, methods in cases if arguments.only is None else [cases[arguments.only]]:
         rows += bench(name, count, picks, methods, arguments.peers, 3 if arguments.quick else arguments.repeats)
     if arguments.only is not None:
-        rows = merged(rows, read_rows("coreset"))
+        rows = merged(rows, read_rows(arguments.name))
     print(table(rows))
     if not arguments.quick:
         note = f"Real rows: {real_source()}, projected to {DIM} dimensions. Ours includes the rotation and the packing of the int8 copy."
-        print(write_results("coreset", rows, note))
-        chart(rows, ROOT / "benchmarks" / "results" / "coreset.svg")
-        write_readme(rows, note)
+        print(write_results(arguments.name, rows, note))
+        chart(rows, RESULTS / f"{arguments.name}.svg")
+        write_readme(arguments.name, f"{note}\n\n{table(rows)}\n\n![Seconds by method](results/{arguments.name}.svg)")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .feature_sets import CORESET_ROWS, PATCHES, QUERY_IMAGES, TRAIN_IMAGES, real_source, search_paths
-from .harness import RESULTS, ROOT, bar_chart, machine, read_rows, run_worker, summary, write_results
+from .harness import RESULTS, bar_chart, machine, read_rows, run_worker, summary, write_readme, write_results
 
 WORKER = "benchmarks.knn_methods"
 ONE_PERCENT, TEN_PERCENT, ALL_ROWS = CORESET_ROWS // 10, CORESET_ROWS, TRAIN_IMAGES * PATCHES
@@ -232,18 +232,6 @@ def chart(name: str, rows: list[Row]) -> None:
     bar_chart(RESULTS / f"{name}.svg", head, [(label, row["ms"], row["method"].startswith("ours")) for label, row in zip(names, bars, strict=True)])
 
 
-def write_readme(name: str, rows: list[Row], note: str) -> None:
-    """Puts the tables between the marks of benchmarks/README.md that bear this name."""
-    path = ROOT / "benchmarks" / "README.md"
-    text = path.read_text(encoding="utf-8")
-    start, end = f"<!-- {name}: generated -->", f"<!-- /{name} -->"
-    if start not in text or end not in text:
-        raise SystemExit(f"bench_knn: {path} lacks the marks {start} and {end}; nothing written there")
-    before, _, rest = text.partition(start)
-    _, _, after = rest.partition(end)
-    path.write_text(f"{before}{start}\n\n{note}\n\n{tables(rows)}\n\n![Milliseconds by method](results/{name}.svg)\n\n{end}{after}", encoding="utf-8")
-
-
 def main() -> None:
     """Runs the plan; without --quick also writes the results, the chart and the tables."""
     parser = argparse.ArgumentParser(description="Nearest neighbours, and whole scoring of an image, against what people use.")
@@ -274,7 +262,7 @@ def main() -> None:
     )
     print(write_results(arguments.name, rows, note))
     chart(arguments.name, rows)
-    write_readme(arguments.name, rows, note)
+    write_readme(arguments.name, f"{note}\n\n{tables(rows)}\n\n![Milliseconds by method](results/{arguments.name}.svg)")
 
 
 if __name__ == "__main__":

@@ -152,3 +152,15 @@ def write_results(name: str, rows: list[dict[str, Any]], note: str) -> Path:
     temporary.write_text(json.dumps({"machine": machine(), "note": note, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
     return path
+
+
+def write_readme(name: str, text: str) -> None:
+    """Puts tables between the marks of benchmarks/README.md that bear this name, which must be there."""
+    path = ROOT / "benchmarks" / "README.md"
+    whole = path.read_text(encoding="utf-8")
+    start, end = f"<!-- {name}: generated -->", f"<!-- /{name} -->"
+    if start not in whole or end not in whole:
+        raise SystemExit(f"{path} lacks the marks {start} and {end}; nothing written there")
+    before, _, rest = whole.partition(start)
+    _, _, after = rest.partition(end)
+    path.write_text(f"{before}{start}\n\n{text}\n\n{end}{after}", encoding="utf-8")
