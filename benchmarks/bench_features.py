@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .harness import ROOT, summary, write_results
+from .harness import summary, write_readme, write_results
 
 OPTIONS: dict[str, dict[str, Any]] = {"default": {}, "contiguous": {}, "bfloat16": {"precision": "bfloat16"}, "compile": {"compile": True}}
 
@@ -68,7 +68,7 @@ def main() -> None:
     note = "ResNet18 layer2 + layer3, magnetic tiles, 224 px; share of patches whose nearest row of a 1% bank is another than by default."
     print(table(rows))
     print(write_results("features", rows, note))
-    write_readme(rows, note)
+    write_readme("features", f"{note}\n\n{table(rows)}")
 
 
 @torch.inference_mode()
@@ -109,14 +109,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {row['changed_nearest']:.2%} |"
         )
     return "\n".join(lines)
-
-
-def write_readme(rows: list[dict[str, Any]], note: str) -> None:
-    """Puts the table between the marks of benchmarks/README.md."""
-    path = ROOT / "benchmarks" / "README.md"
-    before, start, rest = path.read_text(encoding="utf-8").partition("<!-- features: generated -->")
-    _, end, after = rest.partition("<!-- /features -->")
-    path.write_text(f"{before}{start}\n\n{note}\n\n{table(rows)}\n\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import pipeline_sklearn
-from .harness import CACHE, ROOT, machine, read_rows, run_worker, summary, write_results
+from .harness import CACHE, ROOT, machine, read_rows, run_worker, summary, write_readme, write_results
 
 WORKER = "benchmarks.pipeline_methods"
 KINDS = ("stock", "ours")
@@ -111,17 +111,6 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_readme(rows: list[Row], note: str) -> None:
-    """Puts the table between the marks of benchmarks/README.md."""
-    path = ROOT / "benchmarks" / "README.md"
-    start, end = "<!-- pipelines: generated -->", "<!-- /pipelines -->"
-    text = path.read_text(encoding="utf-8")
-    if start not in text or end not in text:
-        raise SystemExit(f"bench_pipelines: {path} lacks the marks {start} and {end}; nothing written there")
-    before, _, rest = text.partition(start)
-    path.write_text(f"{before}{start}\n\n{note}\n\n{table(rows)}\n\n{end}{rest.partition(end)[2]}", encoding="utf-8")
-
-
 def main() -> None:
     """Runs all pipelines; without --quick also writes results/pipelines.json and the table."""
     parser = argparse.ArgumentParser(description="Whole pipelines, stock against ours.")
@@ -157,7 +146,7 @@ def main() -> None:
             "scikit-learn: NearestNeighbors by brute force and a quantile of its leave-one-out scores against KNNDetector, k = 5, on features ready made."
         )
         print(write_results("pipelines", rows, note))
-        write_readme(rows, note)
+        write_readme("pipelines", f"{note}\n\n{table(rows)}")
 
 
 if __name__ == "__main__":

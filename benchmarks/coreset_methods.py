@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from .harness import peak_memory_mb
 
 _CACHE = Path(__file__).resolve().parents[1] / "build" / "benchmarks"
 
@@ -108,16 +109,16 @@ def main() -> None:
     features = torch.from_numpy(np.load(arguments["features"]))
     method = METHODS[arguments["method"]]
     method(features[:4096].clone(), 40, 0)
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loaded = peak_memory_mb()
     seconds, indices = [], torch.empty(0)
     for _ in range(arguments.get("repeats", 1)):
         started = time.perf_counter()
         indices = method(features, arguments["picks"], arguments["first"])
         seconds.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_memory_mb()
     if arguments.get("save"):
         np.save(arguments["save"], indices.numpy())
-    print(json.dumps({"seconds": seconds, "peak_rss_mb": peak / 1024, "extra_mb": (peak - loaded) / 1024}))
+    print(json.dumps({"seconds": seconds, "extra_mb": peak - loaded}))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .harness import ROOT
+from .harness import write_readme
 
 TILE = 128  # rows of the bank that a block of as many queries scans at a time
 SEED_DEPTH, PREFIX_DEPTH = 64, 192  # bytes of a row of codes
@@ -159,12 +159,7 @@ Taken for the cards:
 
 def main() -> None:
     """Writes the section between the marks of benchmarks/README.md."""
-    path = ROOT / "benchmarks" / "README.md"
-    start, end = "<!-- gpu: generated -->", "<!-- /gpu -->"
-    before, mark, rest = path.read_text(encoding="utf-8").partition(start)
-    if not mark or end not in rest:
-        raise SystemExit(f"gpu_roofs: {path} lacks the marks {start} and {end}; nothing written there")
-    path.write_text(f"{before}{start}\n\n{text()}\n\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+    write_readme("gpu", text())
     print(text())
 
 

@@ -7,11 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .harness import RESULTS, ROOT
+from .harness import RESULTS, write_readme
 
 Row = dict[str, Any]
 SETS = {"patches": "patches", "gaussian": "gaussian noise"}
-START, END = "<!-- gpu-measured: generated -->", "<!-- /gpu-measured -->"
 
 
 def ours_of(rows: list[Row], like: Row) -> Row | None:
@@ -88,14 +87,10 @@ Where the time goes, milliseconds:
 
 def publish(results: dict[str, Any]) -> None:
     """Writes both files."""
-    path = ROOT / "benchmarks" / "README.md"
-    before, mark, rest = path.read_text(encoding="utf-8").partition(START)
-    if not mark or END not in rest:
-        raise SystemExit(f"gpu_tables: {path} lacks the marks {START} and {END}; nothing written")
+    write_readme("gpu-measured", text(results))
     temporary = RESULTS / "gpu.tmp"
     temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     temporary.replace(RESULTS / "gpu.json")
-    path.write_text(f"{before}{START}\n\n{text(results)}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 def main() -> None:

@@ -40,8 +40,15 @@ def machine() -> dict[str, Any]:
     }
 
 
+def peak_memory_mb() -> float:
+    """Most memory that this process has had in RAM so far, in MiB."""
+    # Not getrusage's figure, which begins with that of the process that started this one.
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
+
+
 def run_worker(python: str, module: str, arguments: dict[str, Any], environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """Runs ``python -m module JSON`` in a process of its own and returns the JSON it prints last, with ``peak_rss_mb`` in it."""
+    """Runs ``python -m module JSON`` in a process of its own and returns the JSON it prints last."""
     process = subprocess.run(
         [python, "-m", module, json.dumps(arguments)],
         cwd=ROOT,

@@ -6,7 +6,6 @@ Runs in the environment of the method's package, so it imports patchcore_ext onl
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from .harness import peak_memory_mb
 
 Masks = npt.NDArray[np.bool_]  # [N, H, W]
 Maps = npt.NDArray[np.float32]  # [N, H, W]
@@ -67,12 +68,12 @@ def main() -> None:
     masks, maps = np.load(arguments["masks"]), np.load(arguments["maps"])
     method = METHODS[arguments["method"]]
     method(masks[:4], maps[:4])
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loaded = peak_memory_mb()
     started = time.perf_counter()
     values = method(masks, maps)
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"values": values, "seconds": seconds, "extra_mb": (peak - loaded) / 1024}))
+    peak = peak_memory_mb()
+    print(json.dumps({"values": values, "seconds": seconds, "extra_mb": peak - loaded}))
 
 
 if __name__ == "__main__":

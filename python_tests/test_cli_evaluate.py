@@ -223,7 +223,7 @@ def test_ctrl_c_ends_it_with_130_and_no_half_file(tmp_path: Path, weights: Path)
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert errors.endswith("patchcore-ext: interrupted\n")
     assert "Traceback" not in errors
     names = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
