@@ -37,14 +37,30 @@ def test_files_named_in_the_makefile_exist() -> None:
         assert (ROOT / name).exists(), f"Makefile names {name}"
 
 
+def generated(name: str) -> str:
+    """What stands between a name's marks in the benchmarks' README."""
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    return text.partition(f"<!-- {name}: generated -->")[2].partition(f"<!-- /{name} -->")[0]
+
+
+@pytest.mark.parametrize("name", ["coreset", "coreset_avx2", "features", "knn", "knn_avx2", "pipelines"])
+def test_tables_of_benchmarks_are_those_of_the_result_files(name: str) -> None:
+    from benchmarks.harness import read_rows
+
+    module = importlib.import_module(f"benchmarks.bench_{name.partition('_')[0]}")
+    table = module.tables if hasattr(module, "tables") else module.table
+    rows = read_rows(name)
+    assert rows
+    assert table(rows) in generated(name)
+
+
 def test_the_gpu_tables_are_those_of_the_result_file() -> None:
     """What python -m benchmarks.gpu_tables writes between its marks, and the calculated section behind it."""
     from benchmarks import gpu_roofs, gpu_tables
 
-    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     results = json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text(encoding="utf-8"))
-    assert f"{gpu_tables.START}\n\n{gpu_tables.text(results)}\n\n{gpu_tables.END}" in text
-    assert gpu_roofs.text() in text
+    assert generated("gpu-measured") == f"\n\n{gpu_tables.text(results)}\n\n"
+    assert generated("gpu") == f"\n\n{gpu_roofs.text()}\n\n"
 
 
 @pytest.mark.parametrize("name", MODULES)
