@@ -10,11 +10,11 @@ the digits depend neither on the memory nor on the threads.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import zip_longest
+from itertools import repeat, zip_longest
 from typing import Any
 
 import numpy as np
@@ -159,16 +159,17 @@ class PixelMetrics:
 
     def _good_counts(self, values: Array) -> tuple[Array, Array]:
         """How many good pixels lie above each of the sorted values, and how many reach it: int64 [A] each."""
-        above, reached = np.zeros(len(values), np.int64), np.zeros(len(values), np.int64)
+        above, reached = np.full(len(values), self._good.count), np.full(len(values), self._good.count)  # less those below
+        bounds = [len(values) * i // self._num_pieces for i in range(self._num_pieces + 1)]
 
-        def counts(piece: Array) -> tuple[Array, Array]:
-            return len(piece) - np.searchsorted(piece, values, "right"), len(piece) - np.searchsorted(piece, values, "left")
+        def subtract(pieces: Sequence[Array], begin: int, end: int) -> None:
+            for piece in pieces:
+                above[begin:end] -= np.searchsorted(piece, values[begin:end], "right")
+                reached[begin:end] -= np.searchsorted(piece, values[begin:end], "left")
 
         with ThreadPoolExecutor(self._num_pieces) as pool:
             for block in self._good.blocks():
-                for piece_above, piece_reached in pool.map(counts, np.array_split(block, self._num_pieces)):
-                    above += piece_above
-                    reached += piece_reached
+                list(pool.map(subtract, repeat(np.array_split(block, self._num_pieces)), bounds, bounds[1:]))
         return above, reached
 
     def _sort_good(self, block: Array) -> None:
