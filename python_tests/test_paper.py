@@ -16,7 +16,7 @@ from small_model import images_of, write_images
 from torch import nn
 
 from benchmarks.paper import __main__ as command
-from benchmarks.paper import exactness, methods, output, published
+from benchmarks.paper import exactness, methods, output, patches, published
 from benchmarks.paper.backbones import Backbones, UnavailableError, layer_names
 from benchmarks.paper.datasets import Dataset, read
 from benchmarks.paper.maps import MapStore, in_threads
@@ -111,6 +111,23 @@ def test_picks_are_those_of_the_sampler_and_a_smaller_coreset_is_the_beginning_o
     assert torch.equal(case.train.rows(), rows)
 
 
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 30])
+def test_features_are_the_same_in_chunks_of_any_size(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_bytes: int) -> None:
+    train = study_of(dataset, tmp_path).case(ROWS["patchcore-10"], dataset.classes[0], 0).train
+    monkeypatch.setattr(patches, "_KEPT_BYTES", kept_bytes)
+    whole, picks = train.rows(), torch.tensor([700, 3, 64, 65, 767, 320])
+    assert len(whole) == 12 * 64
+    for images, chunks in ((1, [1] * 12), (5, [5, 5, 2]), (12, [12])):
+        monkeypatch.setattr(patches, "_CHUNK_PATCHES", images * 64)
+        patches._kept.cache_clear()
+        assert [len(chunk) for chunk in train.chunks()] == chunks
+        assert torch.cat(list(train.chunks())).flatten(0, 1).equal(whole)
+        assert train.rows().equal(whole)
+        assert train.rows(picks).equal(whole[picks])
+        assert train.projected(0).equal(whole)  # 18 dimensions: no more than the projection has
+    patches._kept.cache_clear()
+
+
 def test_wide_features_are_projected_as_the_sampler_projects_them(tmp_path: Path) -> None:
     make_class(tmp_path / "data", 0, count=3)
     dataset = replace(read("folder", tmp_path / "data", cache=tmp_path / "cache"), size=SIZE)
@@ -194,7 +211,7 @@ def test_interrupted_run_goes_on_and_makes_no_feature_again(dataset: Dataset, tm
         return maps(self, images)
 
     def interrupted(self: MapStore, path: str) -> Any:
-        if sum(made) >= 8:  # the first batch is done
+        if sum(made) >= 8:  # the first batches are done
             raise KeyboardInterrupt
         return read_image(self, path)
 
