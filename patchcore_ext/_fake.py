@@ -70,15 +70,18 @@ def _prepare_bank(bank: Tensor, center: Tensor, matrix: Tensor, short_outputs: i
     rows, dim = bank.shape
     if _library.runs_cuda_kernels(bank.device):
         return bank.new_empty((_cuda_bank_bytes(rows, dim, matrix.shape[0] > 0),), dtype=torch.uint8)
-    outputs, tiles = matrix.shape[0], (rows + 63) // 64
+    outputs, tiles, stages = matrix.shape[0], (rows + 63) // 64, _library.stage_codes()
 
-    def tile_filter(words: int) -> list[int]:
-        return [tiles * words * 256, tiles * 256, tiles * 8]
+    def tile_filter(words: int, start_bytes: int = 256) -> list[int]:
+        return [tiles * words * 256, tiles * start_bytes, tiles * 8]
 
-    pieces = [224, 8 * dim, 256 * tiles, *tile_filter((dim + 3) // 4)]
+    pieces = [248, 8 * dim, 256 * tiles, *tile_filter((dim + 3) // 4)]
     if outputs > 0:
-        words = (short_outputs + 63) // 64 * 16 + (outputs - short_outputs + 4) // 4
-        pieces += [(outputs + 63) // 64 * 128 * ((dim + 1) // 2 * 2), *tile_filter((short_outputs + 4) // 4), 4 * rows]
+        words = (short_outputs + 4) // 4
+        start_bytes = 128 * (1 + sum(end < 4 * words for end in stages)) if stages else 256
+        coarse, step = (min(short_outputs, stages[0]), 16) if stages else (short_outputs, 64)
+        pieces += [(outputs + 63) // 64 * 128 * ((dim + 1) // 2 * 2), *tile_filter(words, start_bytes), 4 * rows]
+        words = (coarse + step - 1) // step * step // 4 + (outputs - coarse + 4) // 4
         pieces += [64 * tiles * 4 * words, 256 * tiles, 256 * tiles]
     return bank.new_empty((sum((size + 63) // 64 * 64 for size in pieces),), dtype=torch.uint8)
 

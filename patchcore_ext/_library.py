@@ -112,6 +112,11 @@ def runs_cuda_kernels(device: torch.device) -> bool:
     return device.type == "cuda" or bool(_C.is_simt())
 
 
+def stage_codes() -> list[int]:
+    """Codes of a prefix behind which the search on this processor asks whether any row is left; none where it scans in one go (csrc/core/cpu/stages.h)."""
+    return list(_C.stage_codes())
+
+
 def kernel_problem(device: torch.device) -> str | None:
     """Why the ops cannot run on tensors of ``device``, with the remedy, or None when they can."""
     if device.type == "cpu":

@@ -54,6 +54,7 @@ def center_and_prefix(rows: Tensor) -> tuple[Tensor, Tensor]:
 # the short one's codes padded in the long one, they are whole cache lines of codes. Measured on ResNet18 features: maps side by side at D = 384 and 1536 and
 # neighbourhoods pooled to 1024, banks of 655, 1,568 and 15,680 rows, AVX2; each output costs a query dim multiply-adds, which few rows do not earn back.
 _SHORT, _SHORT_REST = (63, 79, 95, 127), 0.16
+_SHORT_IN_STAGES = (95, 127)  # where a scan ends early for most rows (csrc/core/cpu/stages.h), the rest costs little
 _LONG, _LONG_REST = (126, 190, 254, 382, 510), 0.066
 _CUDA_LENGTHS = (63, 191)  # csrc/core/cuda/kernels.h
 _PREPARED_ROWS = 256  # below, not worth the preparation
@@ -77,7 +78,7 @@ def center_and_prefixes(bank: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
     """Where the rows of a memory bank are, and its two prefixes.
 
     The choice decides how much the search has to look at, never what it finds. Both span leading principal directions of a sample, found by subspace
-    iteration, each turned at random within itself.
+    iteration. They are turned at random within the short prefix, or within each of its stages where it is scanned in stages, and behind it.
 
     Args:
         bank: ``[M, D]`` float32, float16 or bfloat16, M >= 1.
@@ -109,9 +110,12 @@ def center_and_prefixes(bank: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
         directions, rest = _principal_directions(deviations, min(_LONG[2], most))
         if rest[-1] > _LONG_REST and most > _LONG[2]:
             directions, rest = _principal_directions(deviations, min(_LONG[-1], most))
-        short = _shortest([length for length in _SHORT if _fits(bank, length, min(_LONG[0], most))], _SHORT_REST, rest)
+        stages = _library.stage_codes()
+        fitting = [length for length in (_SHORT_IN_STAGES if stages else _SHORT) if _fits(bank, length, min(_LONG[0], most))] or [_SHORT[0]]
+        short = _shortest(fitting, _SHORT_REST, rest)
         long = _shortest([length for length in _LONG if _fits(bank, short, min(length, most))], _LONG_REST, rest)
-        matrix = _integer_contraction([directions[:, :short], directions[:, short:long]])
+        ends = [*(end for end in stages if end < short), short, long]
+        matrix = _integer_contraction([directions[:, begin:end] for begin, end in zip([0, *ends], ends, strict=False)])
     order = _neighborly_order(((bank.float() - center.float()) @ directions[:, :_AXES].float()).cpu()).to(bank.device)
     return center, matrix, short, order
 
@@ -119,8 +123,10 @@ def center_and_prefixes(bank: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
 def _fits(bank: Tensor, short: int, long: int) -> bool:
     """Whether the codes of a bank ``[M, D]`` with prefixes of these lengths stay within their share of memory (csrc/core/cpu/bank.cpp, lay_out)."""
     rows, dim = bank.shape
-    codes = dim + 4 + short + 4 + (short + 63) // 64 * 64 + long - short + 4  # of a row in all its views
-    about = 32  # norms, residuals and places of a row
+    stages = _library.stage_codes()
+    coarse, padded = (stages[0], stages[0]) if stages else (short, (short + 63) // 64 * 64)
+    codes = dim + 4 + short + 4 + padded + long - coarse + 4  # of a row in all its views
+    about = 32  # starts, norms, residuals and places of a row
     return (long + 63) // 64 * 64 * 2 * (dim + 1) + -(-rows // _TILE) * _TILE * (codes + about) + 8 * dim + 4096 <= _PREPARED_SHARE * 4 * rows * dim
 
 
@@ -130,7 +136,8 @@ def _shortest(lengths: Sequence[int], share: float, rest: Tensor) -> int:
 
 
 def _neighborly_order(points: Tensor) -> Tensor:
-    """A permutation, int32 ``[M]``, of points ``[M, axes]`` that puts neighbours together: split in the middle along the widest axis, again and again."""
+    """A permutation, int32 ``[M]``, of points ``[M, axes]`` that puts neighbours together: halved along their principal direction, again and again."""
+    points = points.double().nan_to_num(0, 0, 0)  # what overflowed lies anywhere, and squares of 1e30 are in range
     order, finished = [torch.arange(points.shape[0])], []
     while order:
         part = order.pop()
@@ -138,8 +145,9 @@ def _neighborly_order(points: Tensor) -> Tensor:
         if tiles == 1:
             finished.append(part)
             continue
-        inside = points[part]  # [m, axes]
-        ranked = part[inside[:, int(inside.var(0).argmax())].argsort(stable=True)]
+        inside = points[part] - points[part].mean(0)  # [m, axes]
+        direction = torch.linalg.eigh(inside.T @ inside).eigenvectors[:, -1]
+        ranked = part[(inside @ direction).argsort(stable=True)]
         middle = tiles // 2 * _TILE  # whole tiles, all but the last
         order += [ranked[middle:], ranked[:middle]]
     return torch.cat(finished).to(torch.int32)

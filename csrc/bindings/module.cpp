@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/dispatch.h"
+#include "cpu/stages.h"
 
 namespace {
 
@@ -25,6 +26,13 @@ pybind11::list available_cpu_levels() {
   return list;
 }
 
+pybind11::list stage_codes() {
+  pybind11::list list;
+  if (patchcore::level().scan_stages == nullptr) return list;
+  for (const int64_t end : patchcore::kStageCodes) list.append(end);
+  return list;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -38,5 +46,6 @@ PYBIND11_MODULE(_C, module) {
   constexpr bool kIsSimt = false;
 #endif
   module.def("is_simt", [] { return kIsSimt; }, "Whether this build is for tests: the CUDA kernels in place of the CPU's, run on the CPU.");
+  module.def("stage_codes", &stage_codes, "Codes of a prefix behind which the level in use asks whether any row is left; empty: it scans in one go.");
   module.def("available_cpu_levels", &available_cpu_levels, "Levels that this processor can run, slowest first.");
 }

@@ -200,6 +200,15 @@ PATCHCORE_HOST_DEVICE int32_t int8_floor(int32_t squared_norm_x, int32_t limit) 
   return static_cast<int32_t>((static_cast<int64_t>(squared_norm_x) - limit + 2) >> 1);  // >> floors
 }
 
+// The form in sums of 16 bits and in stages. Let d_k be the distance of the first k codes of x and y, and n_xk, n_yk, t_k likewise. As d_k^2 does not
+// fall with k, a pair may be skipped by any k as soon as d_k^2 >= L. With A_k = t_k - floor(n_xk / 2) - floor(n_yk / 2), a pair survives k iff
+//   A_k >= int8_floor(0, L) = -floor((L - 1) / 2).
+// Proof. 2 t_k = n_xk + n_yk - d_k^2, so -d_k^2 / 2 <= A_k <= 1 - d_k^2 / 2. A pair that is not to be skipped has d_k^2 <= L - 1, so A_k >= -(L - 1)
+// / 2, and as A_k is an integer, A_k >= -floor((L - 1) / 2). 16 bits: with room = -int8_floor(0, L) <= kMostRoom, A_k + room <= 1 + 32766. So a sum
+// that should survive, 0 <= A_k + room < 2^15, is kept modulo 2^16 as itself. One below -2^15 (d_k^2 > 2^16 + L) may look as if it survived: that
+// costs time and nothing else.
+constexpr int32_t kMostRoom = 32766;
+
 // ---- 6. The float tests ---------------------------------------------------------------------------------------------------------------------------
 
 // Operands of the product test: a_j = S (x_j - mu_j) rounded to fp32, bf16, fp16 or tf32; S a power of two that brings the norms near 1 (at 1e30

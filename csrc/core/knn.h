@@ -18,10 +18,11 @@ Status nearest_neighbors_cpu(const Rows& queries, const Rows& bank, int64_t k, c
 // ---- The filtered search: the same neighbours, hardly any distances -------------------------------------------------------------------------------
 //
 // The bank is prepared once: int8 codes of a prefix of a rotation, of a longer prefix that it begins, and of all coordinates (filter.h). A block of
-// queries is then compared with tiles of 64 bank rows by integer dot products of the short prefix, which leaves a few percent; the longer prefix, row
-// by row, leaves a few per mille; then squared differences in float32, then canonical distances, the nearest by codes first. What is skipped is
-// proven to be farther than the k-th best so far, which tightens chunk by chunk and starts, where queries are the patches of an image, from the
-// neighbours of the patch above. Where a prefix cannot tell rows apart (unstructured data), all coordinates are scanned at once.
+// queries is then compared with tiles of 64 bank rows by integer dot products of the short prefix, in stages where the processor gains by it, which
+// leaves a percent; the longer prefix, row by row, leaves a few per mille; then squared differences in float32, then canonical distances, the nearest
+// by codes first. What is skipped is proven to be farther than the k-th best so far, which tightens chunk by chunk and starts, where queries are the
+// patches of an image, from the neighbours of the patch above. Where a prefix cannot tell rows apart (unstructured data), all coordinates are scanned
+// at once.
 
 // The rotation: two prefixes, one the beginning of the other, as a contraction of x - center by an int16 matrix, A / 2^14 (filter.h, section 8).
 struct BankRotation {

@@ -12,6 +12,7 @@
 #include "check.h"
 #include "cpu/dispatch.h"
 #include "cpu/level_avx2.h"
+#include "cpu/stages.h"
 #include "filter.h"
 
 using namespace patchcore;
@@ -108,6 +109,80 @@ TEST(scans_and_dots_equal_the_scalar_level) {
         }
       }
     }
+  }
+}
+
+// Rows and operands of one scan in stages, as the search prepares them.
+struct Staged {
+  int64_t count, tiles, length, stages;
+  std::vector<uint8_t> rows, operands;  // [count, length] and [tiles * 64, length], code + most + 1
+  std::vector<int8_t> tiled;
+  std::vector<int16_t> row_starts, starts;
+
+  Staged(int64_t count_, int64_t tiles_, int64_t length_, int most) : count(count_), tiles(tiles_), length(length_), stages(num_stages(length_)) {
+    rows = codes<uint8_t>(count * length, 1, 2 * most + 1);
+    operands = codes<uint8_t>(tiles * kTileOperands * length, 1, 2 * most + 1);
+    for (int64_t k = 0; k < length; ++k) operands[static_cast<size_t>(k)] = rows[static_cast<size_t>(k)];  // a pair at distance 0
+    tiled.resize(operands.size());
+    row_starts.resize(static_cast<size_t>(stages * kTileOperands));
+    starts.resize(static_cast<size_t>(tiles * stages * kTileOperands));
+    for (int64_t r = 0; r < count; ++r) stage_starts(rows.data() + r * length, length, most + 1, 0, row_starts.data() + r);
+    for (int64_t i = 0; i < tiles * kTileOperands; ++i) {
+      const int64_t tile = i / kTileOperands, o = i % kTileOperands;
+      stage_starts(operands.data() + i * length, length, most + 1, most + 1, starts.data() + tile * stages * kTileOperands + o);
+      for (int64_t k = 0; k < length; ++k) {
+        const int64_t at = tile * length * kTileOperands + (k / 2 * kTileOperands + o) * 2 + k % 2;
+        tiled[static_cast<size_t>(at)] = static_cast<int8_t>(operands[static_cast<size_t>(i * length + k)] - (most + 1));
+      }
+    }
+  }
+
+  int64_t squared_distance(int64_t r, int64_t i) const {
+    int64_t sum = 0;
+    for (int64_t k = 0; k < length; ++k) {
+      const int64_t apart = rows[static_cast<size_t>(r * length + k)] - operands[static_cast<size_t>(i * length + k)];
+      sum += apart * apart;
+    }
+    return sum;
+  }
+};
+
+// A pair below its limit is always left. Another one is left only where halves were rounded, or if its sum, 2^15 below zero or more, wraps around.
+TEST(scans_in_stages_leave_what_the_filter_asks_for) {
+  for (const Level& level : levels()) {
+    if (level.scan_stages == nullptr) continue;
+    int64_t left = 0, skipped = 0;
+    for (const int64_t length : {4, 8, 16, 20, 32, 36, 64, 96, 128, 516}) {
+      for (const int64_t count : {1, 2, 3, 4, 5, 7, 9, 11, 28, 64}) {
+        const Staged scan(count, 3, length, level.scanned_code);
+        std::vector<int64_t> limits(static_cast<size_t>(count));
+        std::vector<int32_t> floors(static_cast<size_t>(count));
+        for (size_t r = 0; r < limits.size(); ++r) {
+          // Around some pair's own distance, where one more or less decides; or too far for 16 bits, or 0: the row itself is wanted.
+          const int64_t near = scan.squared_distance(static_cast<int64_t>(r), static_cast<int64_t>(generator()() % 192));
+          const uint64_t kind = generator()() % 8;
+          limits[r] = kind == 0 ? 1 : kind == 1 ? kNeverSkip : kind == 2 ? 65534 : std::min<int64_t>(near, 60000) + static_cast<int64_t>(kind) - 4;
+          limits[r] = std::max<int64_t>(limits[r], 1);
+          floors[r] = int8_floor(0, static_cast<int32_t>(limits[r]));
+        }
+        constexpr int64_t kStride = 5;
+        std::vector<uint64_t> found(static_cast<size_t>(count * kStride), 7);
+        level.scan_stages(scan.rows.data(), length, count, scan.row_starts.data(), scan.tiled.data(), scan.starts.data(), 3, length / 4,
+                          floors.data(), found.data(), kStride);
+        for (int64_t r = 0; r < count; ++r) {
+          for (int64_t i = 0; i < 3 * kTileOperands; ++i) {
+            const bool survives = (found[static_cast<size_t>(r * kStride + i / kTileOperands)] >> i % kTileOperands & 1) != 0;
+            const int64_t squared = scan.squared_distance(r, i), limit = limits[static_cast<size_t>(r)];
+            if (squared < limit) CHECK(survives);
+            if (limit > 65534) CHECK(survives);  // left whole
+            if (squared > limit + 1 && squared < limit + 65534) CHECK(!survives);
+            (survives ? left : skipped) += 1;
+          }
+          CHECK_EQ(found[static_cast<size_t>(r * kStride + 3)], uint64_t{7});
+        }
+      }
+    }
+    CHECK(left > 1000 && skipped > 1000);
   }
 }
 

@@ -6,6 +6,7 @@
 
 #include "cpu/float_environment.h"
 #include "cpu/search.h"
+#include "cpu/stages.h"
 #include "filter.h"
 
 namespace patchcore {
@@ -16,6 +17,7 @@ constexpr int64_t kSampleRows = 2048;
 constexpr int64_t kMostOutputs = 1024;     // of a prefix
 constexpr double kStepPercentile = 0.999;  // steps are fine enough to spare some; clipping would blunt the bound
 constexpr double kCodePercentile = 0.8;    // filter.h, int8_scale
+constexpr double kNormPercentile = 0.95;   // of rows that a scan in stages has a scale for
 
 struct Header {
   int64_t count, dim;
@@ -32,7 +34,11 @@ void lay_out_tiles(const View& view, int64_t count, int64_t dim, Pieces* pieces,
   filter->view = view;
   filter->words = view.words(dim);
   filter->tiles = pieces->take<int8_t>(tiles_of(count) * filter->words * 4 * kTileOperands);
-  filter->start = pieces->take<int32_t>(tiles_of(count) * kTileOperands);
+  if (view.staged) {
+    filter->stage_starts = pieces->take<int16_t>(tiles_of(count) * num_stages(4 * filter->words) * kTileOperands);
+  } else {
+    filter->start = pieces->take<int32_t>(tiles_of(count) * kTileOperands);
+  }
   filter->tile_residuals = pieces->take<double>(tiles_of(count));
 }
 
@@ -63,6 +69,11 @@ PreparedBank lay_out(const Header& header, Pieces* pieces) {
   return bank;
 }
 
+// The coordinates that second codes have in coarser steps: the first stage's, which are the largest, or where there are no stages the prefix.
+int64_t coarse_coordinates(int64_t short_outputs) { return level().scan_stages == nullptr ? short_outputs : std::min(short_outputs, kStageCodes[0]); }
+
+int64_t coarse_step() { return level().scan_stages == nullptr ? 64 : 16; }
+
 Header header_of(const Rows& bank, const BankRotation& rotation) {
   Header header = {};
   header.count = bank.count;
@@ -72,8 +83,10 @@ Header header_of(const Rows& bank, const BankRotation& rotation) {
   header.step_scale = 1;
   header.full.most = header.prefix.most = level().scanned_code;
   header.prefix.outputs = header.short_outputs;
+  header.prefix.staged = level().scan_stages != nullptr;
   header.second.outputs = header.short_outputs + header.long_outputs;
-  header.second.coarse = header.short_outputs;
+  header.second.coarse = coarse_coordinates(header.short_outputs);
+  header.second.coarse_step = coarse_step();
   return header;
 }
 
@@ -165,6 +178,17 @@ struct Packer {
     return int8_scale(percentile(sample, count, kCodePercentile)) * view.most / kMaxCode;
   }
 
+  // A scale by which squared distances of most rows, about the sum of their squared norms, stay within what sums of 16 bits tell apart.
+  double largest_staged_scale(const View& view) const {
+    double error;
+    const int64_t count = sample_rows([&](const Encoder& encoder, const float*, int64_t index, int64_t i) {
+      const double* values = encoder.coordinates(view, i, &error);
+      sample[index] = 0;
+      for (int64_t k = 0; k < view.coordinates(rows.dim); ++k) sample[index] += values[k] * values[k];
+    });
+    return std::sqrt(kMostRoom / std::max(percentile(sample, count, kNormPercentile), 1e-300));
+  }
+
   void choose_scale(View* view) {
     const int64_t coordinates = view->coordinates(rows.dim);
     if (view->outputs > 0) {
@@ -188,6 +212,7 @@ struct Packer {
         view->coarse_bits = bits;
       }
     }
+    if (view->staged) view->scale = std::min(view->scale, largest_staged_scale(*view));
     view->codes_per_unit = view->outputs == 0 ? view->scale : inflate(view->scale * header->step_scale, 1);
   }
 
@@ -207,21 +232,27 @@ struct Packer {
   }
 
   void pack_tile(const Encoder& encoder, const Slot& memory, int64_t tile, int64_t count, TileFilter* filter) const {
-    int8_t* codes = filter->tiles + tile * filter->words * 4 * kTileOperands;
-    int32_t* start = filter->start + tile * kTileOperands;
-    std::memset(codes, 0, static_cast<size_t>(filter->words * 4 * kTileOperands));
-    std::fill(start, start + kTileOperands, kInt8PaddingStart);
+    const bool staged = filter->view.staged;
+    const int64_t length = 4 * filter->words, group = staged ? 2 : 4;
+    int8_t* codes = filter->tiles + tile * length * kTileOperands;
+    std::memset(codes, 0, static_cast<size_t>(length * kTileOperands));
+    int32_t* start = staged ? nullptr : filter->start + tile * kTileOperands;
+    if (!staged) std::fill(start, start + kTileOperands, kInt8PaddingStart);
     const int32_t zero = filter->view.most + 1;
     double largest = 0;
     for (int64_t i = 0; i < count; ++i) {
       const RowCodes row = encoder.encode(filter->view, i, memory.codes);
       int32_t sum = 0;
-      for (int64_t k = 0; k < 4 * filter->words; ++k) {
+      for (int64_t k = 0; k < length; ++k) {
         const int8_t code = static_cast<int8_t>(memory.codes[k] - zero);
-        codes[(k / 4 * kTileOperands + i) * 4 + k % 4] = code;
+        codes[(k / group * kTileOperands + i) * group + k % group] = code;
         sum += code;
       }
-      start[i] = int8_start(row.squared_norm) - zero * sum;
+      if (staged) {
+        stage_starts(memory.codes, length, zero, zero, filter->stage_starts + tile * num_stages(length) * kTileOperands + i);
+      } else {
+        start[i] = int8_start(row.squared_norm) - zero * sum;
+      }
       largest = std::max(largest, row.residual);
     }
     filter->tile_residuals[tile] = largest;
@@ -348,16 +379,16 @@ bool prepared_bank_fits(const Rows& bank, const void* prepared, int64_t bytes) {
   Header header;
   if (bytes < static_cast<int64_t>(sizeof(Header))) return false;
   std::memcpy(&header, prepared, sizeof(Header));
-  const auto usable = [&](const View& view, int64_t outputs, int64_t coarse, int32_t most) {
-    return view.outputs == outputs && view.coarse == coarse && view.coarse_bits >= 0 && view.coarse_bits <= kMostCoarseBits && view.most == most &&
-           view.scale > 0 && view.codes_per_unit > 0 && view.codes_per_unit < INFINITY;
+  const Header expected = header_of(bank, {nullptr, header.short_outputs, header.long_outputs, nullptr, nullptr});
+  const auto usable = [](const View& view, const View& like) {
+    return view.outputs == like.outputs && view.coarse == like.coarse && view.coarse_step == like.coarse_step && view.staged == like.staged &&
+           view.most == like.most && view.coarse_bits >= 0 && view.coarse_bits <= kMostCoarseBits && view.scale > 0 && view.codes_per_unit > 0 &&
+           view.codes_per_unit < INFINITY;
   };
   if (bank.dim > kMaxFilterDim || header.count != bank.count || header.dim != bank.dim || header.short_outputs < 0 || header.long_outputs < 0 ||
-      header.short_outputs > kMostOutputs || header.long_outputs > kMostOutputs || !usable(header.full, 0, 0, level().scanned_code))
+      header.short_outputs > kMostOutputs || header.long_outputs > kMostOutputs || !usable(header.full, expected.full))
     return false;
-  if (header.short_outputs > 0 && !(usable(header.prefix, header.short_outputs, 0, level().scanned_code) &&
-                                    usable(header.second, header.short_outputs + header.long_outputs, header.short_outputs, kMaxCode)))
-    return false;
+  if (header.short_outputs > 0 && !(usable(header.prefix, expected.prefix) && usable(header.second, expected.second))) return false;
   Pieces pieces(const_cast<void*>(prepared));
   const PreparedBank inside = lay_out(header, &pieces);
   if (bytes != pieces.used()) return false;

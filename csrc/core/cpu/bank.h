@@ -9,12 +9,14 @@
 
 namespace patchcore {
 
-// Codes that are scanned: tile by tile, all queries of a block against 64 bank rows.
+// Codes that are scanned: tile by tile, all queries of a block against 64 bank rows. A view that is scanned in stages has its starts as
+// Level::scan_stages wants them, any other as Level::scan_rows does.
 struct TileFilter {
   View view;
   int64_t words = 0;
-  int8_t* tiles = nullptr;           // [num_tiles, words, 64, 4], signed codes
-  int32_t* start = nullptr;          // [num_tiles * 64], what an accumulator starts at
+  int8_t* tiles = nullptr;           // [num_tiles, words, 64, 4] or, in stages, [num_tiles, 2 * words, 64, 2], signed codes
+  int32_t* start = nullptr;          // [num_tiles * 64], what an accumulator starts at, or
+  int16_t* stage_starts = nullptr;   // [num_tiles, stages, 64]
   double* tile_residuals = nullptr;  // [num_tiles]: the largest residual of each tile
 };
 

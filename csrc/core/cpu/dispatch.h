@@ -43,10 +43,19 @@ struct Level {
   void (*scan_rows)(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, const int32_t* start, int64_t words,
                     const int32_t* floors, uint64_t* survivors);
 
+  // The search's scan in sums of 16 bits and in stages (stages.h), or null where a level gains nothing by it. tiles: [num_tiles, 2 * words, 64, 2],
+  // pair p of operand o being its codes 2 p and 2 p + 1; starts: [num_tiles, stages, 64] and row_starts: [stages, 64] as stage_starts makes them.
+  // Bit o of survivors[r * mask_stride + t] is set where row r and operand o of tile t survive every stage: the sum of their starts and the dot
+  // product of their codes so far, kept modulo 2^16 as a signed number, is at least floors[r] = int8_floor(0, limit of row r). A row whose floor is
+  // below -kMostRoom keeps everything. count <= 64; padding may survive.
+  void (*scan_stages)(const uint8_t* rows, int64_t stride, int64_t count, const int16_t* row_starts, const int8_t* tiles, const int16_t* starts,
+                      int64_t num_tiles, int64_t words, const int32_t* floors, uint64_t* survivors, int64_t mask_stride);
+
   // Bit o of the result is set iff start[o] + dot(row, operand o) >= floors[o] + offset (which must not overflow).
   uint64_t (*scan_tile)(const uint8_t* row, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors, int32_t offset);
 
-  // dots[i] = dot(row, codes of operand which[i]), operands `stride` bytes apart; the first `coarse` words, a multiple of 16, count 2^shift times.
+  // dots[i] = dot(row, codes of operand which[i]), operands `stride` bytes apart; the first `coarse` words, a multiple of 16 (of 4
+  // where there is scan_stages), count 2^shift times.
   void (*dots)(const uint8_t* row, const int8_t* operands, int64_t stride, const int32_t* which, int64_t count, int64_t words, int64_t coarse,
                int64_t shift, int32_t* dots);
 

@@ -24,18 +24,20 @@ inline int64_t padded_outputs(int64_t outputs) { return (outputs + kTileOperands
 
 // One kind of codes: the first `outputs` of the projection, with the norm of the rest as one more coordinate; or, where outputs is 0, all coordinates
 // of x - center. The codes of the first `coarse` coordinates, which are large, count 2^coarse_bits times as much (filter.h, section 8), and end with
-// zeros on a whole number of 64 bytes. Codes lie within +-most; the rows to be looked for have most + 1 added to theirs.
+// zeros on a multiple of `coarse_step` codes. Codes lie within +-most; the rows to be looked for have most + 1 added to theirs.
 struct View {
   int64_t outputs = 0;
   int64_t coarse = 0;
+  int64_t coarse_step = 64;
   int64_t coarse_bits = 0;
+  bool staged = false;  // scanned in stages (stages.h)
   int32_t most = kMaxCode;
   double shift = 0;           // subtracted from the residual coordinate
   double scale = 1;           // codes per step, or per unit where there is no projection
   double codes_per_unit = 1;  // S of filter.h: not below the codes per unit of distance
 
   int64_t coordinates(int64_t dim) const { return outputs == 0 ? dim : outputs + 1; }
-  int64_t coarse_words() const { return (coarse + 63) / 64 * 16; }
+  int64_t coarse_words() const { return (coarse + coarse_step - 1) / coarse_step * coarse_step / 4; }
   int64_t words(int64_t dim) const { return coarse_words() + (coordinates(dim) - coarse + 3) / 4; }
 };
 

@@ -63,136 +63,6 @@ void bfloat16_to_float(const uint16_t* in, int64_t count, float* out) {
   for (; i < count; ++i) out[i] = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(static_cast<uint32_t>(in[i]) << 16))));
 }
 
-static inline uint64_t at_least(__m256i value, __m256i floor) {
-  return 0xffu & ~static_cast<unsigned int>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(floor, value))));
-}
-
-// Codes of this level's scans lie within +-63, and those of a row are stored as code + 64: two products are at most 2 * 127 * 63 = 16002 and their
-// sum in vpmaddubsw does not saturate; two such sums still fit int16. So vpmaddwd, which makes one int32 of two int16, is needed for every other word
-// only.
-constexpr int32_t kScannedCode = 63;
-
-static inline __m256i row_word(const uint8_t* word) {
-  int32_t codes;
-  __builtin_memcpy(&codes, word, 4);
-  return _mm256_set1_epi32(codes);
-}
-
-static inline __m256i operands_at(const int8_t* operands, int64_t word) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(operands + word * 4 * kTileOperands));
-}
-
-// Adds the dot products of some rows with eight operands of a tile to sums[r].
-template <int kRows>
-static inline void add_eight_dots(const uint8_t* rows, int64_t stride, const int8_t* operands, int64_t words, __m256i* sums) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  int64_t w = 0;
-  for (; w + 4 <= words; w += 4, operands += 4 * 4 * kTileOperands) {
-    const __m256i operands0 = operands_at(operands, 0), operands1 = operands_at(operands, 1);
-    const __m256i operands2 = operands_at(operands, 2), operands3 = operands_at(operands, 3);
-    for (int64_t ahead = 0; ahead < 4; ++ahead) __builtin_prefetch(operands + (words + ahead) * 4 * kTileOperands);  // the next tile
-#pragma GCC unroll 7
-    for (int r = 0; r < kRows; ++r) {
-      const uint8_t* row = rows + r * stride + 4 * w;
-      const __m256i low = _mm256_add_epi16(_mm256_maddubs_epi16(row_word(row), operands0), _mm256_maddubs_epi16(row_word(row + 4), operands1));
-      const __m256i high = _mm256_add_epi16(_mm256_maddubs_epi16(row_word(row + 8), operands2), _mm256_maddubs_epi16(row_word(row + 12), operands3));
-      sums[r] = _mm256_add_epi32(sums[r], _mm256_add_epi32(_mm256_madd_epi16(low, ones), _mm256_madd_epi16(high, ones)));
-    }
-  }
-  for (; w < words; ++w, operands += 4 * kTileOperands) {
-    const __m256i operands0 = operands_at(operands, 0);
-#pragma GCC unroll 7
-    for (int r = 0; r < kRows; ++r) {
-      const __m256i pairs = _mm256_maddubs_epi16(row_word(rows + r * stride + 4 * w), operands0);
-      sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(pairs, ones));
-    }
-  }
-}
-
-template <int kRows>
-static inline void scan_some_rows(const uint8_t* rows, int64_t stride, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors,
-                                  uint64_t* survivors) {
-  for (int64_t o = 0; o < kTileOperands; o += 8) {
-    __m256i sums[kRows];
-#pragma GCC unroll 7
-    for (int r = 0; r < kRows; ++r) sums[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(start + o));
-    add_eight_dots<kRows>(rows, stride, tile + 4 * o, words, sums);
-#pragma GCC unroll 7
-    for (int r = 0; r < kRows; ++r)
-      reinterpret_cast<uint8_t*>(survivors + r)[o / 8] = static_cast<uint8_t>(at_least(sums[r], _mm256_set1_epi32(floors[r])));
-  }
-}
-
-// Seven rows at a time: their sums, four operands and what is in between fill the sixteen registers. A line of 28 patches is four times seven.
-void scan_rows(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors,
-               uint64_t* survivors) {
-  int64_t r = 0;
-  for (; r + 7 <= count; r += 7) scan_some_rows<7>(rows + r * stride, stride, tile, start, words, floors + r, survivors + r);
-  for (; r + 3 <= count; r += 3) scan_some_rows<3>(rows + r * stride, stride, tile, start, words, floors + r, survivors + r);
-  for (; r < count; ++r) scan_some_rows<1>(rows + r * stride, stride, tile, start, words, floors + r, survivors + r);
-}
-
-uint64_t scan_tile(const uint8_t* row, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors, int32_t offset) {
-  uint64_t survivors = 0;
-  for (int64_t o = 0; o < kTileOperands; o += 8) {
-    __m256i sum = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(start + o));
-    add_eight_dots<1>(row, 0, tile + 4 * o, words, &sum);
-    const __m256i floor = _mm256_add_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(floors + o)), _mm256_set1_epi32(offset));
-    survivors |= at_least(sum, floor) << o;
-  }
-  return survivors;
-}
-
-// Sixteen codes of a row times those of each of some operands: here codes need all of int8, so both sides are widened.
-template <int kOperands>
-static inline void add_sixteen(const uint8_t* row, const int8_t* const* operands, int64_t at, __m256i* sums) {
-  const __m256i codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + at)));
-#pragma GCC unroll 4
-  for (int q = 0; q < kOperands; ++q) {
-    const __m256i operand = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(operands[q] + at)));
-    sums[q] = _mm256_add_epi32(sums[q], _mm256_madd_epi16(codes, operand));
-  }
-}
-
-template <int kOperands>
-static inline void some_dots(const uint8_t* row, const int8_t* const* operands, int64_t words, int64_t coarse, int64_t shift, int32_t* out) {
-  const int64_t length = 4 * words;
-  __m256i sums[kOperands];
-#pragma GCC unroll 4
-  for (int q = 0; q < kOperands; ++q) sums[q] = _mm256_setzero_si256();
-  int64_t b = 0;
-  for (; b < 4 * coarse; b += 16) add_sixteen<kOperands>(row, operands, b, sums);
-#pragma GCC unroll 4
-  for (int q = 0; q < kOperands; ++q) sums[q] = _mm256_sll_epi32(sums[q], _mm_cvtsi64_si128(shift));
-  for (; b + 16 <= length; b += 16) add_sixteen<kOperands>(row, operands, b, sums);
-#pragma GCC unroll 4
-  for (int q = 0; q < kOperands; ++q) {
-    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sums[q]), _mm256_extracti128_si256(sums[q], 1));
-    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-    out[q] = _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
-    for (int64_t rest = b; rest < length; ++rest) out[q] += row[rest] * operands[q][rest];
-  }
-}
-
-void dots(const uint8_t* row, const int8_t* operands, int64_t stride, const int32_t* which, int64_t count, int64_t words, int64_t coarse,
-          int64_t shift, int32_t* out) {
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) {
-    const int8_t* four[4];
-    for (int q = 0; q < 4; ++q) four[q] = operands + which[i + q] * stride;
-    if (i + 8 <= count) {
-      for (int q = 4; q < 8; ++q) {
-        for (int64_t b = 0; b < 4 * words; b += 64) __builtin_prefetch(operands + which[i + q] * stride + b);
-      }
-    }
-    some_dots<4>(row, four, words, coarse, shift, out + i);
-  }
-  for (; i < count; ++i) {
-    const int8_t* one = operands + which[i] * stride;
-    some_dots<1>(row, &one, words, coarse, shift, out + i);
-  }
-}
-
 // filter.h, section 5, four rows at a time and operation by operation: the same integers.
 void int8_floors(const double* reach, const int32_t* squared_norms, int64_t count, double residual, int32_t* floors) {
   const __m256d inflation = _mm256_set1_pd(1.0 + 4 * 0x1p-52), most = _mm256_set1_pd(2147483646.0), zero = _mm256_setzero_pd();
@@ -364,20 +234,37 @@ double round_to_steps(const float* x, const double* center, int64_t count, doubl
   return (norms[0] + norms[1]) + (norms[2] + norms[3]);
 }
 
-// Four at a time without asking how many are left: a mispredicted branch costs more than a store too many.
+// Bit m of the result is set iff word m is not zero; count <= 64.
+static inline uint64_t words_not_zero(const uint64_t* words, int64_t count) {
+  uint64_t zero = 0;
+  int64_t m = 0;
+  for (; m + 4 <= count; m += 4) {
+    const __m256i four = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + m));
+    const int equal = _mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(four, _mm256_setzero_si256())));
+    zero |= static_cast<uint64_t>(equal) << m;
+  }
+  for (; m < count; ++m) zero |= static_cast<uint64_t>(words[m] == 0) << m;
+  return ~zero & ~uint64_t{0} >> (64 - count);
+}
+
+// Straight to the words that are not zero; and of a word four at a time without asking how many are left. A mispredicted branch costs more than a
+// store too many.
 int64_t take_marked(const uint64_t* words, int64_t count, int32_t first, int32_t* found) {
   int64_t taken = 0;
-  for (int64_t m = 0; m < count; ++m) {
-    uint64_t left = words[m];
-    if (left == 0) continue;
-    const int64_t marked = __builtin_popcountll(left);
-    for (int64_t i = 0; i < marked; i += 4) {
-      for (int64_t l = 0; l < 4; ++l) {
-        found[taken + i + l] = first + static_cast<int32_t>(64 * m + static_cast<int64_t>(_tzcnt_u64(left)));
-        left = _blsr_u64(left);
+  for (int64_t begin = 0; begin < count; begin += 64) {
+    const int64_t some = count - begin < 64 ? count - begin : 64;
+    for (uint64_t live = words_not_zero(words + begin, some); live != 0; live = _blsr_u64(live)) {
+      const int64_t m = begin + static_cast<int64_t>(_tzcnt_u64(live));
+      uint64_t left = words[m];
+      const int64_t marked = __builtin_popcountll(left);
+      for (int64_t i = 0; i < marked; i += 4) {
+        for (int64_t l = 0; l < 4; ++l) {
+          found[taken + i + l] = first + static_cast<int32_t>(64 * m + static_cast<int64_t>(_tzcnt_u64(left)));
+          left = _blsr_u64(left);
+        }
       }
+      taken += marked;
     }
-    taken += marked;
   }
   return taken;
 }
@@ -402,9 +289,9 @@ float squared_difference(const float* a, const float* b, int64_t dim) {
 
 using namespace avx2;
 
-const Level kAvx2Level = {"avx2",      kScannedCode,       squared_distances,     float16_to_float, bfloat16_to_float, scan_rows,      scan_tile,
-                          dots,        int8_floors,        first_largest,         quantize,         multiply_matrix,   multiply_int16, round_to_steps,
-                          take_marked, squared_difference, {0.037, 3, 0.18, 0.25}};
+const Level kAvx2Level = {"avx2",         kScannedCode, squared_distances,  float16_to_float,      bfloat16_to_float, scan_rows,       scan_stages,
+                          scan_tile,      dots,         int8_floors,        first_largest,         quantize,          multiply_matrix, multiply_int16,
+                          round_to_steps, take_marked,  squared_difference, {0.037, 3, 0.18, 0.25}};
 
 }  // namespace patchcore
 

@@ -1,9 +1,12 @@
-// The functions of the AVX2 level, for a level that differs from it in the dot products alone.
+// The functions of the AVX2 level: those of level_avx2.cpp serve a level that differs from it in the dot products alone as well, and the dot products
+// are in level_avx2_dots.cpp.
 #pragma once
 
 #include <cstdint>
 
 namespace patchcore::avx2 {
+
+constexpr int32_t kScannedCode = 63;
 
 void squared_distances(const float* query, const float* rows, int64_t stride, int64_t count, int64_t dim, double* out);
 void float16_to_float(const uint16_t* in, int64_t count, float* out);
@@ -17,5 +20,13 @@ void multiply_int16(const int16_t* rows, int64_t stride, int64_t count, const in
 double round_to_steps(const float* x, const double* center, int64_t count, double scale, double most, int16_t* steps, double* error_squares);
 int64_t take_marked(const uint64_t* words, int64_t count, int32_t first, int32_t* found);
 float squared_difference(const float* a, const float* b, int64_t dim);
+
+void scan_rows(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors,
+               uint64_t* survivors);
+void scan_stages(const uint8_t* rows, int64_t stride, int64_t count, const int16_t* row_starts, const int8_t* tiles, const int16_t* starts,
+                 int64_t num_tiles, int64_t words, const int32_t* floors, uint64_t* survivors, int64_t mask_stride);
+uint64_t scan_tile(const uint8_t* row, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors, int32_t offset);
+void dots(const uint8_t* row, const int8_t* operands, int64_t stride, const int32_t* which, int64_t count, int64_t words, int64_t coarse,
+          int64_t shift, int32_t* out);
 
 }  // namespace patchcore::avx2

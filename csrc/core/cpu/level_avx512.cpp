@@ -311,23 +311,12 @@ float squared_difference(const float* a, const float* b, int64_t dim) {
 
 }  // namespace
 
-const Level kAvx512Level = {"avx512",
-                            kMaxCode,
-                            squared_distances,
-                            float16_to_float,
-                            bfloat16_to_float,
-                            scan_rows,
-                            scan_tile,
-                            dots,
-                            int8_floors,
-                            first_largest,
-                            quantize,
-                            multiply_matrix,
-                            multiply_int16,
-                            round_to_steps,
-                            avx2::take_marked,
-                            squared_difference,
-                            {0.0167, 1.7, 0.05, 0.25}};
+const Level kAvx512Level = {"avx512",          kMaxCode,           squared_distances,
+                            float16_to_float,  bfloat16_to_float,  scan_rows,
+                            nullptr,           scan_tile,          dots,
+                            int8_floors,       first_largest,      quantize,
+                            multiply_matrix,   multiply_int16,     round_to_steps,
+                            avx2::take_marked, squared_difference, {0.0167, 1.7, 0.05, 0.25}};
 
 }  // namespace patchcore
 

@@ -144,8 +144,8 @@ float squared_difference(const float* a, const float* b, int64_t dim) {
 
 }  // namespace
 
-const Level kScalarLevel = {"scalar",       kMaxCode,       squared_distances, float16_to_float,   bfloat16_to_float,  scan_rows,
-                            scan_tile,      dots,           int8_floors,       first_largest,      quantize,           multiply_matrix,
-                            multiply_int16, round_to_steps, take_marked,       squared_difference, {1.25, 5, 0.5, 0.9}};
+const Level kScalarLevel = {"scalar",       kMaxCode,    squared_distances,  float16_to_float,   bfloat16_to_float, scan_rows,       nullptr,
+                            scan_tile,      dots,        int8_floors,        first_largest,      quantize,          multiply_matrix, multiply_int16,
+                            round_to_steps, take_marked, squared_difference, {1.25, 5, 0.5, 0.9}};
 
 }  // namespace patchcore

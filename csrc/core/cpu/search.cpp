@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/stages.h"
 #include "filter.h"
 
 namespace patchcore {
@@ -26,6 +27,7 @@ SearchMemory search_memory(const Rows& queries, const Rows& rows, const Prepared
   memory.widened = pieces->take<float>(float_scratch(queries, kBlockQueries));
   memory.widened_row = pieces->take<float>(float_scratch(rows, 1));
   memory.scanned_codes = pieces->take<uint8_t>(kBlockQueries * 4 * std::max(bank.full.words, bank.prefix.words));
+  memory.row_starts = pieces->take<int16_t>(kMostStages * kBlockQueries);
   memory.second_codes = pieces->take<uint8_t>(kBlockQueries * 4 * bank.second.words);
   memory.masks = pieces->take<uint64_t>(kBlockQueries * kMaskStride);
   memory.left = pieces->take<int32_t>(kChunkTiles * kTileOperands + 4);
@@ -52,6 +54,13 @@ double BlockSearch::canonical(int64_t q, int64_t row) {
   level().squared_distances(queries_.data + q * queries_.stride, features.data, features.stride, 1, bank_.dim, &squared_distance);
   ++statistics_.canonical;
   return squared_distance;
+}
+
+// Asks for the features of the row at a place, which lie anywhere in the bank.
+void BlockSearch::prefetch(int64_t place) const {
+  const int64_t size = rows_.type == ScalarType::kFloat32 ? 4 : 2;
+  const char* row = static_cast<const char*>(rows_.data) + bank_.order[place] * rows_.stride * size;
+  for (int64_t b = 0; b < rows_.dim * size; b += 64) __builtin_prefetch(row + b);
 }
 
 // Offers the row at a place to the heap of a query, unless float32 tells that it is too far.
@@ -114,9 +123,13 @@ void BlockSearch::start_from_seeds(int64_t q, const int64_t* above, int64_t coun
 void BlockSearch::encode_scanned(int64_t count) {
   const TileFilter& filter = prefix_ ? bank_.prefix : bank_.full;
   for (int64_t q = 0; q < count; ++q) {
-    const RowCodes codes = encoder_.encode(filter.view, q, memory_.scanned_codes + q * 4 * filter.words);
-    norms_[q] = codes.squared_norm;
-    residuals_[q] = codes.residual;
+    uint8_t* codes = memory_.scanned_codes + q * 4 * filter.words;
+    const RowCodes encoded = encoder_.encode(filter.view, q, codes);
+    norms_[q] = encoded.squared_norm;
+    residuals_[q] = encoded.residual;
+    if (!filter.view.staged) continue;
+    norms_[q] = 0;  // the row's starts contain it
+    stage_starts(codes, 4 * filter.words, filter.view.most + 1, 0, memory_.row_starts + q);
   }
 }
 
@@ -130,13 +143,25 @@ void BlockSearch::scan(const Chunks& chunks, int64_t count) {
     reach_[q] = -INFINITY;
     norms_[q] = 0;
   }
+  const double residual = *std::max_element(filter.tile_residuals + chunks.begin(), filter.tile_residuals + chunks.end());
+  level().int8_floors(reach_, norms_, padded, residual, floors);
+  if (filter.view.staged) return scan_in_stages(filter, chunks, count, floors);
   uint64_t survivors[kBlockQueries];
   for (int64_t tile = chunks.begin(); tile < chunks.end(); ++tile) {
-    level().int8_floors(reach_, norms_, padded, filter.tile_residuals[tile], floors);
     level().scan_rows(memory_.scanned_codes, 4 * filter.words, count, filter.tiles + tile * 4 * filter.words * kTileOperands,
                       filter.start + tile * kTileOperands, filter.words, floors, survivors);
     for (int64_t q = 0; q < count; ++q) memory_.masks[q * kMaskStride + tile - chunks.begin()] = survivors[q];
   }
+}
+
+void BlockSearch::scan_in_stages(const TileFilter& filter, const Chunks& chunks, int64_t count, const int32_t* floors) {
+  const int64_t length = 4 * filter.words, begin = chunks.begin();
+  level().scan_stages(memory_.scanned_codes, length, count, memory_.row_starts, filter.tiles + begin * length * kTileOperands,
+                      filter.stage_starts + begin * num_stages(length) * kTileOperands, chunks.end() - begin, filter.words, floors, memory_.masks,
+                      kMaskStride);
+  const int64_t padding = chunks.end() * kTileOperands - bank_.count;
+  if (padding <= 0) return;
+  for (int64_t q = 0; q < count; ++q) memory_.masks[q * kMaskStride + chunks.end() - 1 - begin] &= ~uint64_t{0} >> padding;
 }
 
 void BlockSearch::rescue(int64_t q, int64_t count) {
@@ -166,6 +191,7 @@ void BlockSearch::rescue_by_second(int64_t q, int64_t count) {
   double known = bound(q);
   for (int64_t i = 0; i < left; ++i) {
     if (memory_.keys[i] >= limit) continue;
+    if (i + 1 < left && memory_.keys[i + 1] < limit) prefetch(memory_.keys[i + 1] & INT32_MAX);
     evaluate(q, memory_.keys[i] & INT32_MAX);
     if (bound(q) < known) {
       known = bound(q);

@@ -19,6 +19,7 @@ struct SearchMemory {
   float* widened;          // [kBlockQueries, dim] of the queries, unused for float32
   float* widened_row;      // [dim] of a bank row
   uint8_t* scanned_codes;  // [kBlockQueries, 4 * words] in the view that is scanned
+  int16_t* row_starts;     // [stages, kBlockQueries] of a scan in stages
   uint8_t* second_codes;   // [kBlockQueries, 4 * words]
   uint64_t* masks;         // [kBlockQueries, kMaskStride], bits of the rows that the scan leaves of each tile
   int32_t* left;           // [kChunkTiles * 64 + 4], places in the tiles that are left for a query
@@ -49,8 +50,10 @@ class BlockSearch {
   void look_up(int64_t q, int64_t count);
   void encode_scanned(int64_t count);
   void scan(const Chunks& chunks, int64_t count);
+  void scan_in_stages(const TileFilter& filter, const Chunks& chunks, int64_t count, const int32_t* floors);
   void rescue(int64_t q, int64_t count);
   void rescue_by_second(int64_t q, int64_t count);
+  void prefetch(int64_t place) const;
   void evaluate(int64_t q, int64_t place);
   double canonical(int64_t q, int64_t row);
   double bound(int64_t q) const;
