@@ -239,17 +239,19 @@ static inline void some_dots(const uint8_t* row, const int8_t* const* operands, 
   }
 }
 
+static inline void prefetch_codes(const int8_t* codes, int64_t length) {
+  for (int64_t b = 0; b < length; b += 64) __builtin_prefetch(codes + b);
+}
+
 void dots(const uint8_t* row, const int8_t* operands, int64_t stride, const int32_t* which, int64_t count, int64_t words, int64_t coarse,
           int64_t shift, int32_t* out) {
+  constexpr int64_t kAhead = 16;  // operands that are asked for early; measured: 4 and 32 are slower
+  for (int64_t i = 0; i < count && i < kAhead; ++i) prefetch_codes(operands + which[i] * stride, 4 * words);
   int64_t i = 0;
   for (; i + 4 <= count; i += 4) {
     const int8_t* four[4];
     for (int q = 0; q < 4; ++q) four[q] = operands + which[i + q] * stride;
-    if (i + 8 <= count) {
-      for (int q = 4; q < 8; ++q) {
-        for (int64_t b = 0; b < 4 * words; b += 64) __builtin_prefetch(operands + which[i + q] * stride + b);
-      }
-    }
+    for (int64_t q = i + kAhead; q < i + kAhead + 4 && q < count; ++q) prefetch_codes(operands + which[q] * stride, 4 * words);
     some_dots<4>(row, four, words, coarse, shift, out + i);
   }
   for (; i < count; ++i) {

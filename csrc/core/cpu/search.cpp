@@ -164,16 +164,33 @@ void BlockSearch::scan_in_stages(const TileFilter& filter, const Chunks& chunks,
   for (int64_t q = 0; q < count; ++q) memory_.masks[q * kMaskStride + chunks.end() - 1 - begin] &= ~uint64_t{0} >> padding;
 }
 
-void BlockSearch::rescue(int64_t q, int64_t count) {
+// The rows that the scan leaves of a chunk; returns their number.
+int64_t BlockSearch::rescue(const Chunks& chunks, int64_t count) {
+  int64_t survivors = 0;
   if (prefix_) {
-    rescue_by_second(q, count);
-  } else {
-    for (int64_t i = 0; i < count; ++i) evaluate(q, memory_.left[i]);
+    for (int64_t q = 0; q < count; ++q) survivors += rescue_by_second(q, take_marked(q, chunks.begin(), chunks.end(), chunks));
+    return survivors;
   }
+  // Where many rows are left, those of a tile are still at hand for the next query.
+  for (int64_t tile = chunks.begin(); tile < chunks.end(); ++tile) {
+    for (int64_t q = 0; q < count; ++q) {
+      if (memory_.masks[q * kMaskStride + tile - chunks.begin()] == 0) continue;
+      const int64_t left = take_marked(q, tile, tile + 1, chunks);
+      for (int64_t i = 0; i < left; ++i) evaluate(q, memory_.left[i]);
+      survivors += left;
+    }
+  }
+  return survivors;
+}
+
+// Places of the rows that are left for query q of tiles begin .. end into memory_.left; returns their number.
+int64_t BlockSearch::take_marked(int64_t q, int64_t begin, int64_t end, const Chunks& chunks) {
+  const uint64_t* masks = memory_.masks + q * kMaskStride + begin - chunks.begin();
+  return level().take_marked(masks, end - begin, static_cast<int32_t>(begin * kTileOperands), memory_.left);
 }
 
 // The longer prefix discards most; the k nearest by it are evaluated first, so that the others face a tight bound.
-void BlockSearch::rescue_by_second(int64_t q, int64_t count) {
+int64_t BlockSearch::rescue_by_second(int64_t q, int64_t count) {
   const RowFilter& filter = bank_.second;
   const auto skip_limit = [&] {
     const double reach = search_reach(bound(q), 0, second_[q].residual, filter.view.codes_per_unit, slack_);
@@ -198,6 +215,7 @@ void BlockSearch::rescue_by_second(int64_t q, int64_t count) {
       limit = skip_limit();
     }
   }
+  return count;
 }
 
 bool BlockSearch::prefix_pays(const SearchStatistics& found) const {
@@ -225,12 +243,7 @@ bool BlockSearch::search(const FloatRows& queries, int64_t count, const int64_t*
   const int64_t differences_before = statistics_.differences;
   for (Chunks chunks(num_tiles(bank_), seeded_); chunks.next();) {
     scan(chunks, count);
-    for (int64_t q = 0; q < count; ++q) {
-      const int64_t left = level().take_marked(memory_.masks + q * kMaskStride, chunks.end() - chunks.begin(),
-                                               static_cast<int32_t>(chunks.begin() * kTileOperands), memory_.left);
-      rescue(q, left);
-      found.survivors += left;
-    }
+    found.survivors += rescue(chunks, count);
     found.differences = statistics_.differences - differences_before;
     found.pairs += count * (chunks.end() - chunks.begin()) * kTileOperands;
     // Part of the bank tells little: rows that lie together are left together.

@@ -51,8 +51,9 @@ class BlockSearch {
   void encode_scanned(int64_t count);
   void scan(const Chunks& chunks, int64_t count);
   void scan_in_stages(const TileFilter& filter, const Chunks& chunks, int64_t count, const int32_t* floors);
-  void rescue(int64_t q, int64_t count);
-  void rescue_by_second(int64_t q, int64_t count);
+  int64_t rescue(const Chunks& chunks, int64_t count);
+  int64_t take_marked(int64_t q, int64_t begin, int64_t end, const Chunks& chunks);
+  int64_t rescue_by_second(int64_t q, int64_t count);
   void prefetch(int64_t place) const;
   void evaluate(int64_t q, int64_t place);
   double canonical(int64_t q, int64_t row);
