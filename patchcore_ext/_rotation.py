@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -115,7 +116,7 @@ def center_and_prefixes(bank: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
         short = _shortest(fitting, _SHORT_REST, rest)
         long = _shortest([length for length in _LONG if _fits(bank, short, min(length, most))], _LONG_REST, rest)
         ends = [*(end for end in stages if end < short), short, long]
-        matrix = _integer_contraction([directions[:, begin:end] for begin, end in zip([0, *ends], ends, strict=False)])
+        matrix = _integer_contraction([directions[:, begin:end] for begin, end in pairwise([0, *ends])])
     order = _neighborly_order(((bank.float() - center.float()) @ directions[:, :_AXES].float()).cpu()).to(bank.device)
     return center, matrix, short, order
 
@@ -145,7 +146,8 @@ def _neighborly_order(points: Tensor) -> Tensor:
         if tiles == 1:
             finished.append(part)
             continue
-        inside = points[part] - points[part].mean(0)  # [m, axes]
+        inside = points[part]  # [m, axes]
+        inside = inside - inside.mean(0)
         direction = torch.linalg.eigh(inside.T @ inside).eigenvectors[:, -1]
         ranked = part[(inside @ direction).argsort(stable=True)]
         middle = tiles // 2 * _TILE  # whole tiles, all but the last

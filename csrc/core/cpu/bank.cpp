@@ -69,11 +69,6 @@ PreparedBank lay_out(const Header& header, Pieces* pieces) {
   return bank;
 }
 
-// The coordinates that second codes have in coarser steps: the first stage's, which are the largest, or where there are no stages the prefix.
-int64_t coarse_coordinates(int64_t short_outputs) { return level().scan_stages == nullptr ? short_outputs : std::min(short_outputs, kStageCodes[0]); }
-
-int64_t coarse_step() { return level().scan_stages == nullptr ? 64 : 16; }
-
 Header header_of(const Rows& bank, const BankRotation& rotation) {
   Header header = {};
   header.count = bank.count;
@@ -83,10 +78,12 @@ Header header_of(const Rows& bank, const BankRotation& rotation) {
   header.step_scale = 1;
   header.full.most = header.prefix.most = level().scanned_code;
   header.prefix.outputs = header.short_outputs;
-  header.prefix.staged = level().scan_stages != nullptr;
+  const bool staged = level().scan_stages != nullptr;
+  header.prefix.staged = staged;
   header.second.outputs = header.short_outputs + header.long_outputs;
-  header.second.coarse = coarse_coordinates(header.short_outputs);
-  header.second.coarse_step = coarse_step();
+  // In coarser steps: the coordinates of the first stage, which are the largest, or where there are no stages the prefix.
+  header.second.coarse = staged ? std::min(header.short_outputs, kStageCodes[0]) : header.short_outputs;
+  header.second.coarse_step = staged ? 16 : 64;
   return header;
 }
 

@@ -168,7 +168,11 @@ void BlockSearch::scan_in_stages(const TileFilter& filter, const Chunks& chunks,
 int64_t BlockSearch::rescue(const Chunks& chunks, int64_t count) {
   int64_t survivors = 0;
   if (prefix_) {
-    for (int64_t q = 0; q < count; ++q) survivors += rescue_by_second(q, take_marked(q, chunks.begin(), chunks.end(), chunks));
+    for (int64_t q = 0; q < count; ++q) {
+      const int64_t left = take_marked(q, chunks.begin(), chunks.end(), chunks);
+      rescue_by_second(q, left);
+      survivors += left;
+    }
     return survivors;
   }
   // Where many rows are left, those of a tile are still at hand for the next query.
@@ -190,7 +194,7 @@ int64_t BlockSearch::take_marked(int64_t q, int64_t begin, int64_t end, const Ch
 }
 
 // The longer prefix discards most; the k nearest by it are evaluated first, so that the others face a tight bound.
-int64_t BlockSearch::rescue_by_second(int64_t q, int64_t count) {
+void BlockSearch::rescue_by_second(int64_t q, int64_t count) {
   const RowFilter& filter = bank_.second;
   const auto skip_limit = [&] {
     const double reach = search_reach(bound(q), 0, second_[q].residual, filter.view.codes_per_unit, slack_);
@@ -215,7 +219,6 @@ int64_t BlockSearch::rescue_by_second(int64_t q, int64_t count) {
       limit = skip_limit();
     }
   }
-  return count;
 }
 
 bool BlockSearch::prefix_pays(const SearchStatistics& found) const {

@@ -53,7 +53,7 @@ class BlockSearch {
   void scan_in_stages(const TileFilter& filter, const Chunks& chunks, int64_t count, const int32_t* floors);
   int64_t rescue(const Chunks& chunks, int64_t count);
   int64_t take_marked(int64_t q, int64_t begin, int64_t end, const Chunks& chunks);
-  int64_t rescue_by_second(int64_t q, int64_t count);
+  void rescue_by_second(int64_t q, int64_t count);
   void prefetch(int64_t place) const;
   void evaluate(int64_t q, int64_t place);
   double canonical(int64_t q, int64_t row);

@@ -11,7 +11,7 @@ namespace patchcore {
 // Codes behind which stages end; the last one ends with the last code. Measured on ResNet18 features at D = 384, AVX2: of groups of 5 queries and 32
 // bank rows 64% are left after 16 codes, 43% after 32, 24% after 64. More stages, or others, take the same time.
 constexpr int64_t kStageCodes[] = {16, 32, 64};
-constexpr int64_t kMostStages = 4;
+constexpr int64_t kMostStages = 1 + sizeof(kStageCodes) / sizeof(kStageCodes[0]);
 
 inline int64_t num_stages(int64_t codes) {
   int64_t stages = 1;
