@@ -78,10 +78,10 @@ def _prepare_bank(bank: Tensor, center: Tensor, matrix: Tensor, short_outputs: i
     pieces = [248, 8 * dim, 256 * tiles, *tile_filter((dim + 3) // 4)]
     if outputs > 0:
         words = (short_outputs + 4) // 4
-        start_bytes = 128 * (1 + sum(end < 4 * words for end in stages)) if stages else 256
-        coarse, step = (min(short_outputs, stages[0]), 16) if stages else (short_outputs, 64)
+        start_bytes = 64 * _library.stage_bytes() * (1 + sum(end < 4 * words for end in stages))
         pieces += [(outputs + 63) // 64 * 128 * ((dim + 1) // 2 * 2), *tile_filter(words, start_bytes), 4 * rows]
-        words = (coarse + step - 1) // step * step // 4 + (outputs - coarse + 4) // 4
+        coarse = min(short_outputs, stages[0])
+        words = (dim + 3) // 4 if outputs == short_outputs else (coarse + 15) // 16 * 4 + (outputs - coarse + 4) // 4
         pieces += [64 * tiles * 4 * words, 256 * tiles, 256 * tiles]
     return bank.new_empty((sum((size + 63) // 64 * 64 for size in pieces),), dtype=torch.uint8)
 

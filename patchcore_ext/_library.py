@@ -113,8 +113,18 @@ def runs_cuda_kernels(device: torch.device) -> bool:
 
 
 def stage_codes() -> list[int]:
-    """Codes of a prefix behind which the search on this processor asks whether any row is left; none where it scans in one go (csrc/core/cpu/stages.h)."""
+    """Codes of a prefix behind which the search asks whether any row is left (csrc/core/cpu/stages.h)."""
     return list(_C.stage_codes())
+
+
+def stage_bytes() -> int:
+    """Bytes of a sum in such a scan on this processor."""
+    return int(_C.stage_bytes())
+
+
+def look_up_nanoseconds(dim: int) -> float:
+    """About what this processor takes to compare the int8 codes of two rows ``[dim]``."""
+    return float(_C.look_up_nanoseconds(dim))
 
 
 def kernel_problem(device: torch.device) -> str | None:

@@ -52,11 +52,15 @@ def center_and_prefix(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # Lengths of the prefixes, of which the first is taken that leaves at most such a share of the variance; with the norm of the rest as one more coordinate, and
-# the short one's codes padded in the long one, they are whole cache lines of codes. Measured on ResNet18 features: maps side by side at D = 384 and 1536 and
-# neighbourhoods pooled to 1024, banks of 655, 1,568 and 15,680 rows, AVX2; each output costs a query dim multiply-adds, which few rows do not earn back.
-_SHORT, _SHORT_REST = (63, 79, 95, 127), 0.16
-_SHORT_IN_STAGES = (95, 127)  # where a scan ends early for most rows (csrc/core/cpu/stages.h), the rest costs little
+# the short one's codes padded in the long one, they are whole cache lines of codes. Each output costs a query dim multiply-adds, which few rows do not earn
+# back. The scan ends early for most rows (csrc/core/cpu/stages.h), so the rest of a longer prefix costs little.
+#
+# What the scan leaves is looked up by a long prefix, or by all coordinates, which need no projection and leave hardly a row, but are longer. Measured on
+# ResNet18 features, with AVX2 and AVX-512: maps side by side at D = 384 to 1536 and neighbourhoods pooled to 656 and 1024, banks of 1,568 to 156,800 rows.
+_SHORT, _SHORT_REST = (63, 95, 127, 159, 191), 0.11
+_SHORT_ROWS, _FEW_ROWS_REST = 4096, 0.16  # fewer rows: such a share
 _LONG, _LONG_REST = (126, 190, 254, 382, 510), 0.066
+_WHOLE_NANOSECONDS, _WHOLE_ROWS = 20.5, 2**16  # of a look-up of all coordinates, and rows of a bank, at most
 _CUDA_LENGTHS = (63, 191)  # csrc/core/cuda/kernels.h
 _PREPARED_ROWS = 256  # below, not worth the preparation
 _PREPARED_ROWS_CUDA = 1024
@@ -76,18 +80,18 @@ def center_alone(bank: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
 
 
 def center_and_prefixes(bank: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
-    """Where the rows of a memory bank are, and its two prefixes.
+    """Where the rows of a memory bank are, and its one or two prefixes.
 
-    The choice decides how much the search has to look at, never what it finds. Both span leading principal directions of a sample, found by subspace
-    iteration. They are turned at random within the short prefix, or within each of its stages where it is scanned in stages, and behind it.
+    The choice decides how much the search has to look at, never what it finds. They span leading principal directions of a sample, found by subspace
+    iteration. They are turned at random within each stage of the short prefix (csrc/core/cpu/stages.h) and behind it; on CUDA, within each prefix.
 
     Args:
         bank: ``[M, D]`` float32, float16 or bfloat16, M >= 1.
 
     Returns:
-        ``center`` float64 ``[D]``, a median; ``matrix`` int16 ``[outputs, D]``, of which the first ``short`` rows make the short prefix and all the long one;
-        ``short``; and an order of the rows, int32 ``[M]``. Divided by 2^14 the matrix has no singular value above 1. It is empty where a prefix would not pay.
-        On CUDA the two prefixes lie one behind the other, and each has no singular value above 1.
+        ``center`` float64 ``[D]``, a median; ``matrix`` int16 ``[outputs, D]``, of which the first ``short`` rows make the short prefix, and all the long one
+        if there are more; ``short``; and an order of the rows, int32 ``[M]``. Divided by 2^14 the matrix has no singular value above 1. It is empty where a
+        prefix would not pay. On CUDA the two prefixes lie one behind the other, and each has no singular value above 1.
     """
     without = center_alone(bank)
     center = without[0]
@@ -96,7 +100,9 @@ def center_and_prefixes(bank: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
     if dim not in _PREPARED_DIMS or bank.shape[0] < (_PREPARED_ROWS_CUDA if on_cuda else _PREPARED_ROWS):
         return without
     most = 2 * dim // 3
-    if not on_cuda and not _fits(bank, _SHORT[0], min(_LONG[0], most)):
+    whole = bank.shape[0] <= _WHOLE_ROWS and _library.look_up_nanoseconds(dim) <= _WHOLE_NANOSECONDS
+    shorts = [length for length in _SHORT if length < most and (_fits(bank, length, length) if whole else _longs(bank, length, most))]
+    if not on_cuda and not shorts:
         return without
     deviations = bank[:: max(1, bank.shape[0] // _SAMPLE_ROWS)][:_SAMPLE_ROWS].double() - center  # [S, D]
     scale = deviations.abs().max()
@@ -108,26 +114,31 @@ def center_and_prefixes(bank: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
         directions, _ = _principal_directions(deviations, long)
         matrix = torch.cat([_integer_contraction([part]) for part in (directions[:, :short], directions)])
     else:
-        directions, rest = _principal_directions(deviations, min(_LONG[2], most))
-        if rest[-1] > _LONG_REST and most > _LONG[2]:
+        directions, rest = _principal_directions(deviations, min(_SHORT[-1] if whole else _LONG[2], most))
+        if not whole and rest[-1] > _LONG_REST and most > _LONG[2]:
             directions, rest = _principal_directions(deviations, min(_LONG[-1], most))
         stages = _library.stage_codes()
-        fitting = [length for length in (_SHORT_IN_STAGES if stages else _SHORT) if _fits(bank, length, min(_LONG[0], most))] or [_SHORT[0]]
-        short = _shortest(fitting, _SHORT_REST, rest)
-        long = _shortest([length for length in _LONG if _fits(bank, short, min(length, most))], _LONG_REST, rest)
-        ends = [*(end for end in stages if end < short), short, long]
+        short = _shortest(shorts, _SHORT_REST if bank.shape[0] >= _SHORT_ROWS else _FEW_ROWS_REST, rest)
+        long = short if whole else _shortest(_longs(bank, short, most), _LONG_REST, rest)
+        ends = [*(end for end in stages if end < short), short, *([] if whole else [long])]
         matrix = _integer_contraction([directions[:, begin:end] for begin, end in pairwise([0, *ends])])
     order = _neighborly_order(((bank.float() - center.float()) @ directions[:, :_AXES].float()).cpu()).to(bank.device)
     return center, matrix, short, order
 
 
+def _longs(bank: Tensor, short: int, most: int) -> list[int]:
+    """Lengths of a long prefix that a bank ``[M, D]`` may have beside a short one."""
+    return [length for length in (min(length, most) for length in _LONG) if length > short and _fits(bank, short, length)]
+
+
 def _fits(bank: Tensor, short: int, long: int) -> bool:
-    """Whether the codes of a bank ``[M, D]`` with prefixes of these lengths stay within their share of memory (csrc/core/cpu/bank.cpp, lay_out)."""
+    """Whether the codes of a bank ``[M, D]`` with prefixes of these lengths stay within their share of memory (csrc/core/cpu/bank.cpp, lay_out).
+
+    As long as the short one: there is no long one, all coordinates are looked up instead.
+    """
     rows, dim = bank.shape
-    stages = _library.stage_codes()
-    coarse, padded = (stages[0], stages[0]) if stages else (short, (short + 63) // 64 * 64)
-    codes = dim + 4 + short + 4 + padded + long - coarse + 4  # of a row in all its views
-    about = 32  # starts, norms, residuals and places of a row
+    codes = dim + 4 + short + 4 + (dim if long == short else long) + 4  # of a row in all its views
+    about = 40  # starts, norms, residuals and places of a row
     return (long + 63) // 64 * 64 * 2 * (dim + 1) + -(-rows // _TILE) * _TILE * (codes + about) + 8 * dim + 4096 <= _PREPARED_SHARE * 4 * rows * dim
 
 

@@ -28,9 +28,13 @@ pybind11::list available_cpu_levels() {
 
 pybind11::list stage_codes() {
   pybind11::list list;
-  if (patchcore::level().scan_stages == nullptr) return list;
   for (const int64_t end : patchcore::kStageCodes) list.append(end);
   return list;
+}
+
+double look_up_nanoseconds(int64_t dim) {
+  const patchcore::Costs& costs = patchcore::level().costs;
+  return costs.look_up + costs.look_up_word * static_cast<double>((dim + 3) / 4);
 }
 
 }  // namespace
@@ -46,6 +50,8 @@ PYBIND11_MODULE(_C, module) {
   constexpr bool kIsSimt = false;
 #endif
   module.def("is_simt", [] { return kIsSimt; }, "Whether this build is for tests: the CUDA kernels in place of the CPU's, run on the CPU.");
-  module.def("stage_codes", &stage_codes, "Codes of a prefix behind which the level in use asks whether any row is left; empty: it scans in one go.");
+  module.def("look_up_nanoseconds", &look_up_nanoseconds, "About what the level in use takes to compare two rows' int8 codes.");
+  module.def("stage_codes", &stage_codes, "Codes of a prefix behind which the search asks whether any row is left.");
+  module.def("stage_bytes", [] { return patchcore::level().stage_bytes; }, "Bytes of a sum in such a scan.");
   module.def("available_cpu_levels", &available_cpu_levels, "Levels that this processor can run, slowest first.");
 }

@@ -200,13 +200,13 @@ PATCHCORE_HOST_DEVICE int32_t int8_floor(int32_t squared_norm_x, int32_t limit) 
   return static_cast<int32_t>((static_cast<int64_t>(squared_norm_x) - limit + 2) >> 1);  // >> floors
 }
 
-// The form in sums of 16 bits and in stages. Let d_k be the distance of the first k codes of x and y, and n_xk, n_yk, t_k likewise. As d_k^2 does not
+// The form in stages. Let d_k be the distance of the first k codes of x and y, and n_xk, n_yk, t_k likewise. As d_k^2 does not
 // fall with k, a pair may be skipped by any k as soon as d_k^2 >= L. With A_k = t_k - floor(n_xk / 2) - floor(n_yk / 2), a pair survives k iff
 //   A_k >= int8_floor(0, L) = -floor((L - 1) / 2).
 // Proof. 2 t_k = n_xk + n_yk - d_k^2, so -d_k^2 / 2 <= A_k <= 1 - d_k^2 / 2. A pair that is not to be skipped has d_k^2 <= L - 1, so A_k >= -(L - 1)
-// / 2, and as A_k is an integer, A_k >= -floor((L - 1) / 2). 16 bits: with room = -int8_floor(0, L) <= kMostRoom, A_k + room <= 1 + 32766. So a sum
-// that should survive, 0 <= A_k + room < 2^15, is kept modulo 2^16 as itself. One below -2^15 (d_k^2 > 2^16 + L) may look as if it survived: that
-// costs time and nothing else.
+// / 2, and as A_k is an integer, A_k >= -floor((L - 1) / 2). Range: |A_k| < 2^29 + 2^28, a floor is at least 1 - 2^30. In 16 bits: with room =
+// -int8_floor(0, L) <= kMostRoom, A_k + room <= 1 + 32766. So a sum that should survive, 0 <= A_k + room < 2^15, is kept modulo 2^16 as itself. One
+// below -2^15 (d_k^2 > 2^16 + L) may look as if it survived: that costs time and nothing else.
 constexpr int32_t kMostRoom = 32766;
 
 // ---- 6. The float tests ---------------------------------------------------------------------------------------------------------------------------
@@ -326,6 +326,24 @@ PATCHCORE_HOST_DEVICE double residual_coordinate_error(double g, double z_norm, 
 // distance: squared norms and dot products of a are those of the codes, with 4^b times the part of these coordinates, and r_x = ||clip(S f) - a_x||
 // as ever. Range: with b <= kMostCoarseBits and at most 1024 coordinates of each kind, ||a_x||^2 <= 127^2 * (16 * 1024 + 1025) < 2^29 and ||a_x -
 // a_y||^2 < 2^31.
+//
+// Codes of steps. Where nothing is projected, the steps y^ themselves are cut to int8: with C = clip to +-127 * 2^b, code c_j = (y^_j + 2^(b - 1)) >>
+// b within +-127. As C does not enlarge distances, ||C(y) - C(y^)|| <= e, so in units of 2^b steps r_x = (e + ||C(y^) - 2^b c||) / 2^b. The second
+// norm squared is an integer: its terms are at most 2^(b - 1), squared and summed over kMaxFilterDim coordinates less than 2^31 for b <=
+// kMostStepBits.
+constexpr int kMostStepBits = 7;
+struct StepCode {
+  int32_t code;
+  int32_t error;  // C(step) - 2^bits * code
+};
+PATCHCORE_HOST_DEVICE StepCode step_code(int32_t step, int bits) {
+  const int32_t half = (1 << bits) >> 1, most = kMaxCode << bits;
+  const int32_t nearest = (step + half) >> bits;  // >> floors
+  const int32_t code = nearest > kMaxCode ? kMaxCode : (nearest < -kMaxCode ? -kMaxCode : nearest);
+  const int32_t clipped = step > most ? most : (step < -most ? -most : step);
+  return {code, clipped - (code << bits)};
+}
+
 constexpr int kContractionBits = 14;
 constexpr int kMostCoarseBits = 2;
 PATCHCORE_HOST_DEVICE double largest_step(int64_t dim) {

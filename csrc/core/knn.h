@@ -17,18 +17,19 @@ Status nearest_neighbors_cpu(const Rows& queries, const Rows& bank, int64_t k, c
 
 // ---- The filtered search: the same neighbours, hardly any distances -------------------------------------------------------------------------------
 //
-// The bank is prepared once: int8 codes of a prefix of a rotation, of a longer prefix that it begins, and of all coordinates (filter.h). A block of
-// queries is then compared with tiles of 64 bank rows by integer dot products of the short prefix, in stages where the processor gains by it, which
-// leaves a percent; the longer prefix, row by row, leaves a few per mille; then squared differences in float32, then canonical distances, the nearest
+// The bank is prepared once: int8 codes of a prefix of a rotation, of a longer prefix that it begins or of all coordinates, and of all coordinates in
+// tiles (filter.h). A block of queries is then compared with tiles of 64 bank rows by integer dot products of the short prefix, in stages, which
+// leaves a percent; the longer codes, row by row, leave a few per mille; then squared differences in float32, then canonical distances, the nearest
 // by codes first. What is skipped is proven to be farther than the k-th best so far, which tightens chunk by chunk and starts, where queries are the
 // patches of an image, from the neighbours of the patch above. Where a prefix cannot tell rows apart (unstructured data), all coordinates are scanned
 // at once.
 
-// The rotation: two prefixes, one the beginning of the other, as a contraction of x - center by an int16 matrix, A / 2^14 (filter.h, section 8).
+// The rotation: one prefix, or two, one the beginning of the other, as a contraction of x - center by an int16 matrix, A / 2^14 (filter.h, section
+// 8).
 struct BankRotation {
   const double* center;   // [dim], where most rows are: a median
   int64_t short_outputs;  // rows of the matrix that make the short prefix; 0: no prefix
-  int64_t long_outputs;   // the rows behind them, which make it the long prefix
+  int64_t long_outputs;   // the rows behind them, which make it the long prefix; 0: all coordinates are looked up instead
   const int16_t* matrix;  // [short_outputs + long_outputs, dim]
   const int32_t* order;   // [bank.count], a permutation of the rows: 64 at a time make a tile, best of rows that lie together
 };

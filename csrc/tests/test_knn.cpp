@@ -181,7 +181,9 @@ TEST(the_filtered_search_finds_the_same_on_every_set) {
       queries.count = 150;
       const Rotation rotation = rotation_for(bank, 5, dim / 2);
       const Rotation none = rotation_for(bank, 0, 0);
+      const Rotation alone = rotation_for(bank, 5, 0);
       Memory with_prefix = prepare(bank, rotation.view, data::slots(2)), without = prepare(bank, none.view, serial());
+      Memory by_steps = prepare(bank, alone.view, data::slots(2));
       for (const int64_t k : {1, 2, 9, 100, 330}) {
         const Result expected = search(queries, bank, k, serial());
         for (const int32_t prefix : {-1, 0, 1}) {
@@ -193,6 +195,7 @@ TEST(the_filtered_search_finds_the_same_on_every_set) {
             const bool same = filtered(queries, bank, with_prefix, k, options, data::slots(line == 10 ? 3 : 1)) == expected;
             if (!same) std::cerr << set.name << " dim " << dim << " k " << k << " prefix " << prefix << " line " << line << "\n";
             CHECK(same);
+            CHECK(filtered(queries, bank, by_steps, k, options, data::slots(line == 10 ? 3 : 1)) == expected);
           }
         }
         CHECK(filtered(queries, bank, without, k, {}, data::slots(2)) == expected);
@@ -225,16 +228,19 @@ TEST(the_filters_discard_what_they_should) {
   }
   rotation.view.matrix = rotation.matrix.data();
   CHECK(is_contraction(rotation.view, dim));
-  Memory prepared = prepare(bank, rotation.view, serial());
   SearchOptions options;
   options.prefix = 1;
   SearchStatistics statistics;
-  for (const int64_t k : {1, 9}) {
-    CHECK(filtered(queries, bank, prepared, k, options, serial(), &statistics) == search(queries, bank, k, serial()));
-    CHECK(statistics.survivors * 4 < statistics.pairs);
-    CHECK(statistics.differences < statistics.survivors);
-    CHECK(statistics.canonical < statistics.survivors / 2);
-    CHECK(statistics.canonical >= queries.count * k);
+  for (const int64_t long_outputs : {24, 0}) {
+    rotation.view.long_outputs = long_outputs;
+    Memory prepared = prepare(bank, rotation.view, serial());
+    for (const int64_t k : {1, 9}) {
+      CHECK(filtered(queries, bank, prepared, k, options, serial(), &statistics) == search(queries, bank, k, serial()));
+      CHECK(statistics.survivors * 4 < statistics.pairs);
+      CHECK(statistics.differences < statistics.survivors);
+      CHECK(statistics.canonical < statistics.survivors / 2);
+      CHECK(statistics.canonical >= queries.count * k);
+    }
   }
 }
 
@@ -256,10 +262,13 @@ TEST(the_error_of_the_steps_counts) {
   std::fill(rotation.center.begin(), rotation.center.end(), 0.0);
   std::fill(matrix.begin(), matrix.end(), int16_t{0});
   matrix[1] = 16384;
-  Memory prepared = prepare(bank, rotation.view, serial());
   SearchOptions options;
   options.prefix = 1;
-  for (const int64_t k : {1, 5}) CHECK(filtered(queries, bank, prepared, k, options, serial()) == search(queries, bank, k, serial()));
+  for (const int64_t long_outputs : {1, 0}) {
+    rotation.view.long_outputs = long_outputs;
+    Memory prepared = prepare(bank, rotation.view, serial());
+    for (const int64_t k : {1, 5}) CHECK(filtered(queries, bank, prepared, k, options, serial()) == search(queries, bank, k, serial()));
+  }
 }
 
 // The first axis is the short prefix and has codes of 4 in the long one, where the second axis has codes of 1. A query's nearest row rounds away from
@@ -298,8 +307,8 @@ TEST(float32_does_not_decide_between_near_ties) {
       data::fill(data::make("orders", 600, 48), [&](int64_t r, int64_t j) { return rows[static_cast<size_t>(r)][static_cast<size_t>(j)]; });
   data::Set asked = data::fill(data::make("origin", 3, 48), [&](int64_t r, int64_t) { return static_cast<double>(r) * 1e-3; });
   const Rows &bank = data::rows_of(set), &queries = data::rows_of(asked);
-  for (const int64_t outputs : {0, 9}) {
-    Memory prepared = prepare(bank, rotation_for(bank, outputs, outputs).view, serial());
+  for (const auto& [short_outputs, long_outputs] : {std::pair<int64_t, int64_t>{0, 0}, {9, 9}, {9, 0}}) {
+    Memory prepared = prepare(bank, rotation_for(bank, short_outputs, long_outputs).view, serial());
     for (const int32_t prefix : {-1, 1}) {
       SearchOptions options;
       options.prefix = prefix;

@@ -46,7 +46,8 @@ std::vector<Level> levels() {
     level.name = "avxvnni, by AVX-512's instruction";
     level.scanned_code = find_level("avx512")->scanned_code;
     level.scan_rows = twin::scan_rows;
-    level.scan_stages = nullptr;
+    level.stage_bytes = 4;
+    level.scan_stages = twin::scan_stages;
     level.scan_tile = twin::scan_tile;
     level.dots = twin::dots;
     all.push_back(level);
@@ -101,8 +102,7 @@ TEST(scans_and_dots_equal_the_scalar_level) {
         for (const int64_t operands : {1, 4, 7, 41}) {
           std::vector<int32_t> which(41), some(41), same(41);
           for (int32_t& operand : which) operand = static_cast<int32_t>(generator()() % kTileOperands);
-          const int64_t coarse_step = level.scan_stages == nullptr ? 16 : 4;
-          for (int64_t coarse = 0; coarse < words && coarse <= 64; coarse += coarse_step) {
+          for (int64_t coarse = 0; coarse < words && coarse <= 64; coarse += 4) {
             const int64_t shift = coarse == 0 ? 0 : static_cast<int64_t>(generator()() % 3) * 2;
             level.dots(row.data(), others.data(), 4 * words, which.data(), operands, words, coarse, shift, some.data());
             scalar.dots(row.data(), others.data(), 4 * words, which.data(), operands, words, coarse, shift, same.data());
@@ -115,13 +115,15 @@ TEST(scans_and_dots_equal_the_scalar_level) {
 }
 
 // Rows and operands of one scan in stages, as the search prepares them.
+template <class T>
 struct Staged {
   int64_t count, tiles, length, stages;
   std::vector<uint8_t> rows, operands;  // [count, length] and [tiles * 64, length], code + most + 1
   std::vector<int8_t> tiled;
-  std::vector<int16_t> row_starts, starts;
+  std::vector<T> row_starts, starts;
 
   Staged(int64_t count_, int64_t tiles_, int64_t length_, int most) : count(count_), tiles(tiles_), length(length_), stages(num_stages(length_)) {
+    constexpr int64_t kGroup = sizeof(T);
     rows = codes<uint8_t>(count * length, 1, 2 * most + 1);
     operands = codes<uint8_t>(tiles * kTileOperands * length, 1, 2 * most + 1);
     for (int64_t k = 0; k < length; ++k) operands[static_cast<size_t>(k)] = rows[static_cast<size_t>(k)];  // a pair at distance 0
@@ -133,7 +135,7 @@ struct Staged {
       const int64_t tile = i / kTileOperands, o = i % kTileOperands;
       stage_starts(operands.data() + i * length, length, most + 1, most + 1, starts.data() + tile * stages * kTileOperands + o);
       for (int64_t k = 0; k < length; ++k) {
-        const int64_t at = tile * length * kTileOperands + (k / 2 * kTileOperands + o) * 2 + k % 2;
+        const int64_t at = tile * length * kTileOperands + (k / kGroup * kTileOperands + o) * kGroup + k % kGroup;
         tiled[static_cast<size_t>(at)] = static_cast<int8_t>(operands[static_cast<size_t>(i * length + k)] - (most + 1));
       }
     }
@@ -149,42 +151,49 @@ struct Staged {
   }
 };
 
-// A pair below its limit is always left. Another one is left only where halves were rounded, or if its sum, 2^15 below zero or more, wraps around.
-TEST(scans_in_stages_leave_what_the_filter_asks_for) {
-  for (const Level& level : levels()) {
-    if (level.scan_stages == nullptr) continue;
-    int64_t left = 0, skipped = 0;
-    for (const int64_t length : {4, 8, 16, 20, 32, 36, 64, 96, 128, 516}) {
-      for (const int64_t count : {1, 2, 3, 4, 5, 7, 9, 11, 28, 64}) {
-        const Staged scan(count, 3, length, level.scanned_code);
-        std::vector<int64_t> limits(static_cast<size_t>(count));
-        std::vector<int32_t> floors(static_cast<size_t>(count));
-        for (size_t r = 0; r < limits.size(); ++r) {
-          // Around some pair's own distance, where one more or less decides; or too far for 16 bits, or 0: the row itself is wanted.
-          const int64_t near = scan.squared_distance(static_cast<int64_t>(r), static_cast<int64_t>(generator()() % 192));
-          const uint64_t kind = generator()() % 8;
-          limits[r] = kind == 0 ? 1 : kind == 1 ? kNeverSkip : kind == 2 ? 65534 : std::min<int64_t>(near, 60000) + static_cast<int64_t>(kind) - 4;
-          limits[r] = std::max<int64_t>(limits[r], 1);
-          floors[r] = int8_floor(0, static_cast<int32_t>(limits[r]));
+// A pair below its limit is always left. Another one is left only where halves were rounded, or if its sum of 16 bits, 2^15 below zero or more, wraps
+// around.
+template <class T>
+void check_scan_in_stages(const Level& level) {
+  constexpr bool kWraps = sizeof(T) == 2;
+  int64_t left = 0, skipped = 0;
+  for (const int64_t length : {4, 8, 16, 20, 32, 36, 64, 96, 128, 516}) {
+    for (const int64_t count : {1, 2, 3, 4, 5, 7, 9, 11, 28, 64}) {
+      const Staged<T> scan(count, 3, length, level.scanned_code);
+      std::vector<int64_t> limits(static_cast<size_t>(count));
+      std::vector<int32_t> floors(static_cast<size_t>(count));
+      for (size_t r = 0; r < limits.size(); ++r) {
+        // Around some pair's own distance, where one more or less decides; or too far for 16 bits, or 0: the row itself is wanted.
+        const int64_t near = scan.squared_distance(static_cast<int64_t>(r), static_cast<int64_t>(generator()() % 192));
+        const uint64_t kind = generator()() % 8;
+        const int64_t around = kWraps ? std::min<int64_t>(near, 60000) : near;
+        limits[r] = kind == 0 ? 1 : kind == 1 ? kNeverSkip : kind == 2 ? 65534 : around + static_cast<int64_t>(kind) - 4;
+        limits[r] = std::max<int64_t>(limits[r], 1);
+        floors[r] = int8_floor(0, static_cast<int32_t>(limits[r]));
+      }
+      constexpr int64_t kStride = 5;
+      std::vector<uint64_t> found(static_cast<size_t>(count * kStride), 7);
+      level.scan_stages(scan.rows.data(), length, count, scan.row_starts.data(), scan.tiled.data(), scan.starts.data(), 3, length / 4, floors.data(),
+                        found.data(), kStride);
+      for (int64_t r = 0; r < count; ++r) {
+        for (int64_t i = 0; i < 3 * kTileOperands; ++i) {
+          const bool survives = (found[static_cast<size_t>(r * kStride + i / kTileOperands)] >> i % kTileOperands & 1) != 0;
+          const int64_t squared = scan.squared_distance(r, i), limit = limits[static_cast<size_t>(r)];
+          if (squared < limit) CHECK(survives);
+          if (kWraps && limit > 65534) CHECK(survives);  // left whole
+          if (squared > limit + 1 && (!kWraps || squared < limit + 65534)) CHECK(!survives);
+          (survives ? left : skipped) += 1;
         }
-        constexpr int64_t kStride = 5;
-        std::vector<uint64_t> found(static_cast<size_t>(count * kStride), 7);
-        level.scan_stages(scan.rows.data(), length, count, scan.row_starts.data(), scan.tiled.data(), scan.starts.data(), 3, length / 4,
-                          floors.data(), found.data(), kStride);
-        for (int64_t r = 0; r < count; ++r) {
-          for (int64_t i = 0; i < 3 * kTileOperands; ++i) {
-            const bool survives = (found[static_cast<size_t>(r * kStride + i / kTileOperands)] >> i % kTileOperands & 1) != 0;
-            const int64_t squared = scan.squared_distance(r, i), limit = limits[static_cast<size_t>(r)];
-            if (squared < limit) CHECK(survives);
-            if (limit > 65534) CHECK(survives);  // left whole
-            if (squared > limit + 1 && squared < limit + 65534) CHECK(!survives);
-            (survives ? left : skipped) += 1;
-          }
-          CHECK_EQ(found[static_cast<size_t>(r * kStride + 3)], uint64_t{7});
-        }
+        CHECK_EQ(found[static_cast<size_t>(r * kStride + 3)], uint64_t{7});
       }
     }
-    CHECK(left > 1000 && skipped > 1000);
+  }
+  CHECK(left > 1000 && skipped > 1000);
+}
+
+TEST(scans_in_stages_leave_what_the_filter_asks_for) {
+  for (const Level& level : levels()) {
+    level.stage_bytes == 2 ? check_scan_in_stages<int16_t>(level) : check_scan_in_stages<int32_t>(level);
   }
 }
 
@@ -268,9 +277,56 @@ TEST(int16_products_equal_the_scalar_level) {
         for (int16_t& value : tile) value = static_cast<int16_t>(generator()() % 32769) - 16384;
         const int64_t stride = kTileOperands + 16;  // what lies between the rows of the result stays as it is
         std::vector<int32_t> found(static_cast<size_t>(count * stride), 5), expected = found;
-        level.multiply_int16(rows.data(), 2 * pairs, count, tile.data(), pairs, found.data(), stride);
-        find_level("scalar")->multiply_int16(rows.data(), 2 * pairs, count, tile.data(), pairs, expected.data(), stride);
-        CHECK(found == expected);
+        for (const int64_t outputs : {int64_t{32}, kTileOperands}) {
+          level.multiply_int16(rows.data(), 2 * pairs, count, tile.data(), pairs, outputs, found.data(), stride);
+          find_level("scalar")->multiply_int16(rows.data(), 2 * pairs, count, tile.data(), pairs, outputs, expected.data(), stride);
+          CHECK(found == expected);
+        }
+      }
+    }
+  }
+}
+
+TEST(codes_of_steps_are_those_of_the_filter) {
+  for (const Level& level : levels()) {
+    for (const int64_t count : {1, 7, 15, 16, 17, 31, 32, 33, 384, 385}) {
+      for (int64_t bits = 0; bits <= kMostStepBits; ++bits) {
+        std::vector<int16_t> steps(static_cast<size_t>(count));
+        for (int16_t& step : steps) step = static_cast<int16_t>(static_cast<int>(generator()() % 32767) - 16383);
+        steps[0] = generator()() % 2 == 0 ? 16383 : -16383;
+        std::vector<uint8_t> found(static_cast<size_t>(count) + 1, 7);
+        int32_t errors, expected_errors = 0, expected_norm = 0;
+        const int32_t norm = level.coarsen_steps(steps.data(), count, bits, found.data(), &errors);
+        for (int64_t j = 0; j < count; ++j) {
+          const int step = steps[static_cast<size_t>(j)], most = 127 * (1 << bits), clipped = std::max(-most, std::min(most, step));
+          const StepCode code = step_code(step, static_cast<int>(bits));
+          CHECK(std::abs(clipped - code.code * (1 << bits)) <= (1 << bits) / 2);
+          CHECK_EQ(clipped - code.code * (1 << bits), code.error);
+          CHECK_EQ(static_cast<int>(found[static_cast<size_t>(j)]), 128 + code.code);
+          expected_norm += code.code * code.code;
+          expected_errors += code.error * code.error;
+        }
+        CHECK_EQ(static_cast<int>(found.back()), 7);
+        CHECK_EQ(norm, expected_norm);
+        CHECK_EQ(errors, expected_errors);
+      }
+    }
+  }
+}
+
+TEST(what_is_not_finite_is_found_anywhere) {
+  for (const Level& level : levels()) {
+    for (const int64_t count : {1, 5, 15, 16, 17, 33, 64}) {
+      std::vector<float> values(static_cast<size_t>(count));
+      for (float& value : values) value = generator()() % 2 == 0 ? std::numeric_limits<float>::max() : -1e-40f;
+      CHECK(level.all_finite(values.data(), count));
+      for (const float bad : {std::nanf(""), -std::nanf(""), INFINITY, -INFINITY}) {
+        for (size_t at = 0; at < values.size(); ++at) {
+          const float kept = values[at];
+          values[at] = bad;
+          CHECK(!level.all_finite(values.data(), count));
+          values[at] = kept;
+        }
       }
     }
   }

@@ -1,9 +1,8 @@
-#include "cpu/bank.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
+#include "cpu/bank_layout.h"
 #include "cpu/float_environment.h"
 #include "cpu/search.h"
 #include "cpu/stages.h"
@@ -14,78 +13,10 @@ namespace patchcore {
 namespace {
 
 constexpr int64_t kSampleRows = 2048;
-constexpr int64_t kMostOutputs = 1024;     // of a prefix
 constexpr double kStepPercentile = 0.999;  // steps are fine enough to spare some; clipping would blunt the bound
 constexpr double kCodePercentile = 0.8;    // filter.h, int8_scale
+constexpr double kStepOverflow = 1.4;      // what the largest coordinate of most rows may exceed the codes of steps by; measured on ResNet18 features
 constexpr double kNormPercentile = 0.95;   // of rows that a scan in stages has a scale for
-
-struct Header {
-  int64_t count, dim;
-  int64_t short_outputs, long_outputs;
-  double step_scale;
-  View prefix, second, full;
-  double largest_residual;
-  int64_t prefix_first;
-};
-
-int64_t tiles_of(int64_t count) { return (count + kTileOperands - 1) / kTileOperands; }
-
-void lay_out_tiles(const View& view, int64_t count, int64_t dim, Pieces* pieces, TileFilter* filter) {
-  filter->view = view;
-  filter->words = view.words(dim);
-  filter->tiles = pieces->take<int8_t>(tiles_of(count) * filter->words * 4 * kTileOperands);
-  if (view.staged) {
-    filter->stage_starts = pieces->take<int16_t>(tiles_of(count) * num_stages(4 * filter->words) * kTileOperands);
-  } else {
-    filter->start = pieces->take<int32_t>(tiles_of(count) * kTileOperands);
-  }
-  filter->tile_residuals = pieces->take<double>(tiles_of(count));
-}
-
-// The arrays behind a header; with null pieces only their sizes count.
-PreparedBank lay_out(const Header& header, Pieces* pieces) {
-  PreparedBank bank;
-  bank.count = header.count;
-  bank.dim = header.dim;
-  bank.prefix_first = header.prefix_first != 0;
-  const int64_t outputs = header.short_outputs + header.long_outputs;
-  pieces->take<Header>(1);
-  double* center = pieces->take<double>(header.dim);
-  int16_t* tiles = outputs > 0 ? pieces->take<int16_t>(padded_outputs(outputs) * 2 * pairs_of(header.dim)) : nullptr;
-  bank.projection = {header.dim, outputs, header.step_scale, center, tiles};
-  bank.order = pieces->take<int32_t>(tiles_of(header.count) * kTileOperands);
-  lay_out_tiles(header.full, header.count, header.dim, pieces, &bank.full);
-  if (outputs > 0) {
-    lay_out_tiles(header.prefix, header.count, header.dim, pieces, &bank.prefix);
-    bank.places = pieces->take<int32_t>(header.count);
-    bank.second.view = header.second;
-    bank.second.words = header.second.words(header.dim);
-    const int64_t padded = tiles_of(header.count) * kTileOperands;  // so that no place in the tiles lies outside, whatever `start` says
-    bank.second.codes = pieces->take<int8_t>(padded * 4 * bank.second.words);
-    bank.second.offsets = pieces->take<int32_t>(padded);
-    bank.second.residuals = pieces->take<float>(padded);
-    bank.second.largest_residual = header.largest_residual;
-  }
-  return bank;
-}
-
-Header header_of(const Rows& bank, const BankRotation& rotation) {
-  Header header = {};
-  header.count = bank.count;
-  header.dim = bank.dim;
-  header.short_outputs = rotation.short_outputs;
-  header.long_outputs = rotation.short_outputs == 0 ? 0 : rotation.long_outputs;
-  header.step_scale = 1;
-  header.full.most = header.prefix.most = level().scanned_code;
-  header.prefix.outputs = header.short_outputs;
-  const bool staged = level().scan_stages != nullptr;
-  header.prefix.staged = staged;
-  header.second.outputs = header.short_outputs + header.long_outputs;
-  // In coarser steps: the coordinates of the first stage, which are the largest, or where there are no stages the prefix.
-  header.second.coarse = staged ? std::min(header.short_outputs, kStageCodes[0]) : header.short_outputs;
-  header.second.coarse_step = staged ? 16 : 64;
-  return header;
-}
 
 // One slot's memory while packing.
 struct Slot {
@@ -123,11 +54,12 @@ struct Packer {
   const Rows& rows;
   const Parallel& parallel;
   PreparedBank bank;
-  Header* header;
+  BankHeader* header;
   double* sample;        // [kSampleRows]
   const int32_t* order;  // [count]
   char* slots;
   int64_t slot_bytes;
+  double largest_coordinate = 0;  // of most rows
 
   Slot slot(int64_t s) const {
     Pieces pieces(slots + s * slot_bytes);
@@ -159,6 +91,7 @@ struct Packer {
     });
     const double magnitude = percentile(sample, count, kStepPercentile);
     // As int8_scale (filter.h): any scale is sound, and that of a usable magnitude keeps products in range.
+    largest_coordinate = percentile(sample, count, kCodePercentile);
     header->step_scale = magnitude >= 0x1p-150 && magnitude <= 0x1p130 ? largest_step(rows.dim) / magnitude : 1.0;
     bank.projection.step_scale = header->step_scale;
   }
@@ -186,6 +119,13 @@ struct Packer {
     return std::sqrt(kMostRoom / std::max(percentile(sample, count, kNormPercentile), 1e-300));
   }
 
+  // As int8_scale (filter.h), by a power of two: most rows fit the codes, or clip few coordinates by little, which blunts less than coarser steps do.
+  void choose_step_bits(View* view) const {
+    const double largest = std::min(largest_coordinate * header->step_scale, largest_step(rows.dim));
+    while (view->step_bits < kMostStepBits && largest > kStepOverflow * kMaxCode * static_cast<double>(1 << view->step_bits)) ++view->step_bits;
+    view->codes_per_unit = header->step_scale / static_cast<double>(1 << view->step_bits);
+  }
+
   void choose_scale(View* view) {
     const int64_t coordinates = view->coordinates(rows.dim);
     if (view->outputs > 0) {
@@ -209,7 +149,7 @@ struct Packer {
         view->coarse_bits = bits;
       }
     }
-    if (view->staged) view->scale = std::min(view->scale, largest_staged_scale(*view));
+    if (view->staged && level().stage_bytes == 2) view->scale = std::min(view->scale, largest_staged_scale(*view));
     view->codes_per_unit = view->outputs == 0 ? view->scale : inflate(view->scale * header->step_scale, 1);
   }
 
@@ -230,7 +170,7 @@ struct Packer {
 
   void pack_tile(const Encoder& encoder, const Slot& memory, int64_t tile, int64_t count, TileFilter* filter) const {
     const bool staged = filter->view.staged;
-    const int64_t length = 4 * filter->words, group = staged ? 2 : 4;
+    const int64_t length = 4 * filter->words, group = staged ? level().stage_bytes : 4;
     int8_t* codes = filter->tiles + tile * length * kTileOperands;
     std::memset(codes, 0, static_cast<size_t>(length * kTileOperands));
     int32_t* start = staged ? nullptr : filter->start + tile * kTileOperands;
@@ -246,7 +186,7 @@ struct Packer {
         sum += code;
       }
       if (staged) {
-        stage_starts(memory.codes, length, zero, zero, filter->stage_starts + tile * num_stages(length) * kTileOperands + i);
+        level_stage_starts(memory.codes, length, zero, zero, filter->stage_starts, tile * num_stages(length) * kTileOperands + i);
       } else {
         start[i] = int8_start(row.squared_norm) - zero * sum;
       }
@@ -277,7 +217,7 @@ struct Packer {
     choose_scale(&bank.full.view);
     if (bank.prefix.words > 0) {
       choose_scale(&bank.prefix.view);
-      choose_scale(&bank.second.view);
+      bank.second.view.from_steps ? choose_step_bits(&bank.second.view) : choose_scale(&bank.second.view);
     }
     for (int64_t i = 0; i < tiles_of(rows.count) * kTileOperands; ++i) bank.order[i] = i < rows.count ? order[i] : order[0];
     for (int64_t i = 0; bank.places != nullptr && i < rows.count; ++i) bank.places[order[i]] = static_cast<int32_t>(i);
@@ -321,31 +261,7 @@ void tile_matrix(const BankRotation& rotation, int64_t dim, int64_t outputs, int
   }
 }
 
-bool rows_are_contraction(const int16_t* matrix, int64_t outputs, int64_t dim) {
-  for (int64_t a = 0; a < outputs; ++a) {
-    int64_t sum = 0;
-    for (int64_t b = 0; b < outputs; ++b) {
-      int64_t product = 0;
-      for (int64_t j = 0; j < dim; ++j) product += matrix[a * dim + j] * matrix[b * dim + j];
-      sum += product < 0 ? -product : product;
-    }
-    if (sum > int64_t{1} << (2 * kContractionBits)) return false;
-  }
-  return true;
-}
-
 }  // namespace
-
-bool is_contraction(const BankRotation& rotation, int64_t dim) {
-  return rotation.short_outputs <= kMostOutputs && rotation.long_outputs <= kMostOutputs &&
-         rows_are_contraction(rotation.matrix, rotation.short_outputs + rotation.long_outputs, dim);  // and so is the beginning of it
-}
-
-int64_t prepared_bank_bytes(const Rows& bank, const BankRotation& rotation) {
-  Pieces pieces(nullptr);
-  lay_out(header_of(bank, rotation), &pieces);
-  return pieces.used();
-}
 
 int64_t prepare_bank_workspace_bytes(const Rows& bank, const BankRotation& rotation, const Parallel& parallel) {
   Pieces slot(nullptr), all(nullptr);
@@ -359,7 +275,7 @@ int64_t prepare_bank_workspace_bytes(const Rows& bank, const BankRotation& rotat
 
 void prepare_bank_cpu(const Rows& bank, const BankRotation& rotation, const Parallel& parallel, void* workspace, void* prepared) {
   const FloatEnvironment ieee;  // samples are taken on the caller's thread
-  Header header = header_of(bank, rotation);
+  BankHeader header = header_of(bank, rotation);
   Pieces pieces(prepared), memory(aligned_start(workspace)), slot(nullptr);
   PreparedBank layout = lay_out(header, &pieces);
   std::memcpy(const_cast<double*>(layout.projection.center), rotation.center, static_cast<size_t>(bank.dim) * sizeof(double));
@@ -369,37 +285,7 @@ void prepare_bank_cpu(const Rows& bank, const BankRotation& rotation, const Para
   Packer packer = {bank, parallel, layout, &header, sample, rotation.order, memory.take<char>(parallel.num_slots * slot.used()), slot.used()};
   packer.pack();
   header.prefix_first = layout.prefix.words > 0 && packer.prefix_pays(&memory);
-  std::memcpy(prepared, &header, sizeof(Header));
-}
-
-bool prepared_bank_fits(const Rows& bank, const void* prepared, int64_t bytes) {
-  Header header;
-  if (bytes < static_cast<int64_t>(sizeof(Header))) return false;
-  std::memcpy(&header, prepared, sizeof(Header));
-  const Header expected = header_of(bank, {nullptr, header.short_outputs, header.long_outputs, nullptr, nullptr});
-  const auto usable = [](const View& view, const View& like) {
-    return view.outputs == like.outputs && view.coarse == like.coarse && view.coarse_step == like.coarse_step && view.staged == like.staged &&
-           view.most == like.most && view.coarse_bits >= 0 && view.coarse_bits <= kMostCoarseBits && view.scale > 0 && view.codes_per_unit > 0 &&
-           view.codes_per_unit < INFINITY;
-  };
-  if (bank.dim > kMaxFilterDim || header.count != bank.count || header.dim != bank.dim || header.short_outputs < 0 || header.long_outputs < 0 ||
-      header.short_outputs > kMostOutputs || header.long_outputs > kMostOutputs || !usable(header.full, expected.full))
-    return false;
-  if (header.short_outputs > 0 && !(usable(header.prefix, expected.prefix) && usable(header.second, expected.second))) return false;
-  Pieces pieces(const_cast<void*>(prepared));
-  const PreparedBank inside = lay_out(header, &pieces);
-  if (bytes != pieces.used()) return false;
-  bool good = true;  // what is used as an index
-  for (int64_t i = 0; i < tiles_of(bank.count) * kTileOperands; ++i) good &= inside.order[i] >= 0 && inside.order[i] < bank.count;
-  for (int64_t i = 0; inside.places != nullptr && i < bank.count; ++i) good &= inside.places[i] >= 0 && inside.places[i] < bank.count;
-  return good;
-}
-
-PreparedBank prepared_bank_at(const void* prepared) {
-  Header header;
-  std::memcpy(&header, prepared, sizeof(Header));
-  Pieces pieces(const_cast<void*>(prepared));  // read only: PreparedBank serves the packer as well
-  return lay_out(header, &pieces);
+  std::memcpy(prepared, &header, sizeof(BankHeader));
 }
 
 }  // namespace patchcore

@@ -9,18 +9,18 @@
 
 namespace patchcore {
 
-// Codes that are scanned: tile by tile, all queries of a block against 64 bank rows. A view that is scanned in stages has its starts as
-// Level::scan_stages wants them, any other as Level::scan_rows does.
+// Codes that are scanned: tile by tile, all queries of a block against 64 bank rows.
 struct TileFilter {
   View view;
   int64_t words = 0;
-  int8_t* tiles = nullptr;           // [num_tiles, words, 64, 4] or, in stages, [num_tiles, 2 * words, 64, 2], signed codes
+  int8_t* tiles = nullptr;           // [num_tiles, words, 64, 4], signed codes, or as Level::scan_stages wants them
   int32_t* start = nullptr;          // [num_tiles * 64], what an accumulator starts at, or
-  int16_t* stage_starts = nullptr;   // [num_tiles, stages, 64]
+  char* stage_starts = nullptr;      // [num_tiles, stages, 64] of Level::stage_bytes bytes
   double* tile_residuals = nullptr;  // [num_tiles]: the largest residual of each tile
 };
 
-// Codes that are looked up row by row. The short prefix begins them, in coarser steps: what is projected for the scan serves here as well.
+// Codes that are looked up row by row: of the long prefix, which begins with the short one in coarser steps, or of all coordinates. What is projected
+// for the scan, or rounded for the projection, serves here as well.
 struct RowFilter {
   View view;
   int64_t words = 0;

@@ -43,19 +43,20 @@ struct Level {
   void (*scan_rows)(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, const int32_t* start, int64_t words,
                     const int32_t* floors, uint64_t* survivors);
 
-  // The search's scan in sums of 16 bits and in stages (stages.h), or null where a level gains nothing by it. tiles: [num_tiles, 2 * words, 64, 2],
-  // pair p of operand o being its codes 2 p and 2 p + 1; starts: [num_tiles, stages, 64] and row_starts: [stages, 64] as stage_starts makes them.
-  // Bit o of survivors[r * mask_stride + t] is set where row r and operand o of tile t survive every stage: the sum of their starts and the dot
-  // product of their codes so far, kept modulo 2^16 as a signed number, is at least floors[r] = int8_floor(0, limit of row r). A row whose floor is
-  // below -kMostRoom keeps everything. count <= 64; padding may survive.
-  void (*scan_stages)(const uint8_t* rows, int64_t stride, int64_t count, const int16_t* row_starts, const int8_t* tiles, const int16_t* starts,
+  // The search's scan in stages (stages.h). Sums are of `stage_bytes` = 2 or 4 bytes, so are the starts,
+  // and so many codes of an operand lie side by side: tiles are [num_tiles, 4 * words / stage_bytes, 64, stage_bytes]. starts: [num_tiles, stages,
+  // 64] and row_starts: [stages, 64] as stage_starts makes them. Bit o of survivors[r * mask_stride + t] is set where row r and operand o of tile t
+  // survive every stage: the sum of their starts and the dot product of their codes so far is at least floors[r] = int8_floor(0, limit of row r).
+  // Sums of 16 bits are kept modulo 2^16 as signed numbers, and a row whose floor is below -kMostRoom keeps everything. count <= 64; padding may
+  // survive.
+  int64_t stage_bytes;
+  void (*scan_stages)(const uint8_t* rows, int64_t stride, int64_t count, const void* row_starts, const int8_t* tiles, const void* starts,
                       int64_t num_tiles, int64_t words, const int32_t* floors, uint64_t* survivors, int64_t mask_stride);
 
   // Bit o of the result is set iff start[o] + dot(row, operand o) >= floors[o] + offset (which must not overflow).
   uint64_t (*scan_tile)(const uint8_t* row, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors, int32_t offset);
 
-  // dots[i] = dot(row, codes of operand which[i]), operands `stride` bytes apart; the first `coarse` words, a multiple of 16 (of 4
-  // where there is scan_stages), count 2^shift times.
+  // dots[i] = dot(row, codes of operand which[i]), operands `stride` bytes apart; the first `coarse` words, a multiple of 4, count 2^shift times.
   void (*dots)(const uint8_t* row, const int8_t* operands, int64_t stride, const int32_t* which, int64_t count, int64_t words, int64_t coarse,
                int64_t shift, int32_t* dots);
 
@@ -72,14 +73,21 @@ struct Level {
   // products[o] = sum_k x[k] * matrix[k][o], float64, o < outputs (a multiple of 8); k ascending, so the same bits at every level.
   void (*multiply_matrix)(const double* x, const double* matrix, int64_t dim, int64_t outputs, double* products);
 
-  // products[r * products_stride + o] = dot(row r, operand o) modulo 2^32, o < kTileOperands, int16 by int16. rows: [count] rows of 2 * pairs
-  // elements, `stride` elements apart; tile[w][o][b] is element 2 w + b of operand o.
-  void (*multiply_int16)(const int16_t* rows, int64_t stride, int64_t count, const int16_t* tile, int64_t pairs, int32_t* products,
+  // products[r * products_stride + o] = dot(row r, operand o) modulo 2^32, o < outputs = 32 or kTileOperands, int16 by int16. rows: [count] rows of
+  // 2 * pairs elements, `stride` elements apart; tile[w][o][b] is element 2 w + b of operand o, o < kTileOperands.
+  void (*multiply_int16)(const int16_t* rows, int64_t stride, int64_t count, const int16_t* tile, int64_t pairs, int64_t outputs, int32_t* products,
                          int64_t products_stride);
 
   // steps[j] = rounded_code(scale * (x[j] - center[j]), most); returns the sum of the squared steps (exact below 2^53) and the sum of the squared
   // errors (in any order: filter.h, residual_bound).
   double (*round_to_steps)(const float* x, const double* center, int64_t count, double scale, double most, int16_t* steps, double* error_squares);
+
+  // codes[j] = 128 + step_code(steps[j], bits), bits <= kMostStepBits (filter.h); returns the sum of the squared codes, and the sum of the squared
+  // errors, both exact.
+  int32_t (*coarsen_steps)(const int16_t* steps, int64_t count, int64_t bits, uint8_t* codes, int32_t* error_squares);
+
+  // Whether no value is NaN or infinite.
+  bool (*all_finite)(const float* values, int64_t count);
 
   // first + 64 m + b for every set bit b of every word m, in order; returns their number. found: room for four more than that.
   int64_t (*take_marked)(const uint64_t* words, int64_t count, int32_t first, int32_t* found);

@@ -22,11 +22,12 @@ EncoderMemory encoder_memory(int64_t dim, int64_t outputs, Pieces* pieces) {
 bool Encoder::take(const FloatRows& rows, int64_t count, bool project) {
   rows_ = rows;
   const int64_t dim = projection_.dim, outputs = projection_.outputs, pairs = pairs_of(dim);
-  bool finite = true;
-  for (int64_t r = 0; r < count; ++r) finite &= all_finite(rows.data + r * rows.stride, dim);
-  if (!project || outputs == 0) return finite;
+  const bool by_steps = project && outputs > 0;
   const double most = largest_step(dim);
+  bool finite = true;
   for (int64_t r = 0; r < count; ++r) {
+    finite &= level().all_finite(rows.data + r * rows.stride, dim);
+    if (!by_steps) continue;
     int16_t* steps = memory_.steps + r * 2 * pairs;
     steps[2 * pairs - 1] = 0;  // beyond the last coordinate where dim is odd
     double error_squares;
@@ -34,8 +35,9 @@ bool Encoder::take(const FloatRows& rows, int64_t count, bool project) {
         level().round_to_steps(rows.data + r * rows.stride, projection_.center, dim, projection_.step_scale, most, steps, &error_squares);
     memory_.step_errors[r] = residual_bound(error_squares, memory_.step_norms[r], dim);
   }
-  for (int64_t o = 0; o < outputs; o += kTileOperands) {
-    level().multiply_int16(memory_.steps, 2 * pairs, count, projection_.tiles + o * 2 * pairs, pairs, memory_.products + o, padded_outputs(outputs));
+  for (int64_t o = 0; by_steps && o < outputs; o += kTileOperands) {
+    level().multiply_int16(memory_.steps, 2 * pairs, count, projection_.tiles + o * 2 * pairs, pairs, outputs - o <= 32 ? 32 : kTileOperands,
+                           memory_.products + o, padded_outputs(outputs));
   }
   return finite;
 }
@@ -69,7 +71,17 @@ const double* Encoder::coordinates(const View& view, int64_t r, double* error) c
   return out;
 }
 
+RowCodes Encoder::encode_steps(const View& view, int64_t r, uint8_t* codes) const {
+  const int64_t dim = projection_.dim;
+  int32_t error_squares;
+  const int32_t squared_norm = level().coarsen_steps(memory_.steps + r * 2 * pairs_of(dim), dim, view.step_bits, codes, &error_squares);
+  for (int64_t k = dim; k < 4 * view.words(dim); ++k) codes[k] = kMaxCode + 1;
+  const double steps = inflate(memory_.step_errors[r] + std::sqrt(static_cast<double>(error_squares)), 2);
+  return {squared_norm, steps / static_cast<double>(1 << view.step_bits)};
+}
+
 RowCodes Encoder::encode(const View& view, int64_t r, uint8_t* codes) const {
+  if (view.from_steps) return encode_steps(view, r, codes);
   const uint8_t zero = static_cast<uint8_t>(view.most + 1);
   double error, error_squares;
   const double* values = coordinates(view, r, &error);

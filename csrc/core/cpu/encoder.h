@@ -23,27 +23,28 @@ inline int64_t pairs_of(int64_t dim) { return (dim + 1) / 2; }
 inline int64_t padded_outputs(int64_t outputs) { return (outputs + kTileOperands - 1) / kTileOperands * kTileOperands; }
 
 // One kind of codes: the first `outputs` of the projection, with the norm of the rest as one more coordinate; or, where outputs is 0, all coordinates
-// of x - center. The codes of the first `coarse` coordinates, which are large, count 2^coarse_bits times as much (filter.h, section 8), and end with
-// zeros on a multiple of `coarse_step` codes. Codes lie within +-most; the rows to be looked for have most + 1 added to theirs.
+// of x - center, or of its steps. The codes of the first `coarse` coordinates, which are large, count 2^coarse_bits times as much (filter.h, section
+// 8), and end with zeros on a multiple of 16 codes. Codes lie within +-most; the rows to be looked for have most + 1 added to theirs.
 struct View {
   int64_t outputs = 0;
   int64_t coarse = 0;
-  int64_t coarse_step = 64;
   int64_t coarse_bits = 0;
-  bool staged = false;  // scanned in stages (stages.h)
+  int64_t step_bits = 0;
+  bool staged = false;      // scanned in stages (stages.h)
+  bool from_steps = false;  // all coordinates, as steps cut to codes of 2^step_bits steps (filter.h, section 8)
   int32_t most = kMaxCode;
   double shift = 0;           // subtracted from the residual coordinate
   double scale = 1;           // codes per step, or per unit where there is no projection
   double codes_per_unit = 1;  // S of filter.h: not below the codes per unit of distance
 
   int64_t coordinates(int64_t dim) const { return outputs == 0 ? dim : outputs + 1; }
-  int64_t coarse_words() const { return (coarse + coarse_step - 1) / coarse_step * coarse_step / 4; }
+  int64_t coarse_words() const { return (coarse + 15) / 16 * 4; }
   int64_t words(int64_t dim) const { return coarse_words() + (coordinates(dim) - coarse + 3) / 4; }
 };
 
 // Memory of a block of rows on their way to codes.
 struct EncoderMemory {
-  int16_t* steps;       // [kBlockQueries, 2 * pairs]
+  int16_t* steps;       // [kBlockQueries, 2 * pairs], of the rows that were projected
   int32_t* products;    // [kBlockQueries, padded outputs]
   double* step_norms;   // [kBlockQueries], squared
   double* step_errors;  // [kBlockQueries], filter.h: e
@@ -73,6 +74,8 @@ class Encoder {
   RowCodes encode(const View& view, int64_t r, uint8_t* codes) const;
 
  private:
+  RowCodes encode_steps(const View& view, int64_t r, uint8_t* codes) const;
+
   const IntegerProjection& projection_;
   EncoderMemory memory_;
   FloatRows rows_ = {nullptr, 0};

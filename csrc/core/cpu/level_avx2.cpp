@@ -163,14 +163,14 @@ void multiply_matrix(const double* x, const double* matrix, int64_t dim, int64_t
 }
 
 // Part by part of the tile, which then stays in the first-level cache for all rows. Two rows and 32 outputs at a time: their sums stay in registers.
-void multiply_int16(const int16_t* rows, int64_t stride, int64_t count, const int16_t* tile, int64_t pairs, int32_t* products,
+void multiply_int16(const int16_t* rows, int64_t stride, int64_t count, const int16_t* tile, int64_t pairs, int64_t outputs, int32_t* products,
                     int64_t products_stride) {
   constexpr int64_t kPart = 64;  // pairs: 16 KiB
   for (int64_t begin = 0; begin < pairs; begin += kPart) {
     const int64_t end = begin + kPart < pairs ? begin + kPart : pairs;
     for (int64_t r = 0; r < count; r += 2) {
       const int16_t *first = rows + r * stride, *second = r + 1 < count ? first + stride : first;
-      for (int64_t o = 0; o < kTileOperands; o += 32) {
+      for (int64_t o = 0; o < outputs; o += 32) {
         __m256i* out[2] = {reinterpret_cast<__m256i*>(products + r * products_stride + o),
                            reinterpret_cast<__m256i*>(products + (r + (r + 1 < count)) * products_stride + o)};
         __m256i sums[2][4];
@@ -249,6 +249,69 @@ static inline uint64_t words_not_zero(const uint64_t* words, int64_t count) {
 
 // Straight to the words that are not zero; and of a word four at a time without asking how many are left. A mispredicted branch costs more than a
 // store too many.
+// filter.h, step_code, sixteen steps at a time.
+int32_t coarsen_steps(const int16_t* steps, int64_t count, int64_t bits, uint8_t* codes, int32_t* error_squares) {
+  const __m128i shift = _mm_cvtsi64_si128(bits);
+  const __m256i half = _mm256_set1_epi16(static_cast<int16_t>((1 << bits) >> 1));
+  const __m256i high = _mm256_set1_epi16(127), low = _mm256_set1_epi16(-127);
+  const __m256i most = _mm256_sll_epi16(high, shift), least = _mm256_sll_epi16(low, shift);
+  __m256i norms = _mm256_setzero_si256(), errors = norms;
+  for (int64_t j = 0; j < count; j += 16) {
+    int16_t some[16] = {};
+    const int64_t taken = count - j < 16 ? count - j : 16;
+    const int16_t* from = steps + j;
+    if (taken < 16) {
+      __builtin_memcpy(some, from, static_cast<unsigned long>(taken) * 2);
+      from = some;
+    }
+    const __m256i step = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    const __m256i nearest = _mm256_sra_epi16(_mm256_add_epi16(step, half), shift);
+    const __m256i code = _mm256_max_epi16(_mm256_min_epi16(nearest, high), low);
+    const __m256i clipped = _mm256_max_epi16(_mm256_min_epi16(step, most), least);
+    const __m256i error = _mm256_sub_epi16(clipped, _mm256_sll_epi16(code, shift));
+    norms = _mm256_add_epi32(norms, _mm256_madd_epi16(code, code));
+    errors = _mm256_add_epi32(errors, _mm256_madd_epi16(error, error));
+    const __m256i stored = _mm256_add_epi16(code, _mm256_set1_epi16(128));
+    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(stored), _mm256_extracti128_si256(stored, 1));
+    if (taken == 16) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + j), bytes);
+    } else {
+      uint8_t last[16];
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(last), bytes);
+      __builtin_memcpy(codes + j, last, static_cast<unsigned long>(taken));
+    }
+  }
+  int32_t sums[8], squares[8], total = 0;
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), errors);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(squares), norms);
+  *error_squares = 0;
+  for (int l = 0; l < 8; ++l) {
+    *error_squares += sums[l];
+    total += squares[l];
+  }
+  return total;
+}
+
+// A value is finite if its bits without the sign are below those of infinity.
+bool all_finite(const float* values, int64_t count) {
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  __m256i most = _mm256_setzero_si256(), other = most;
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    most = _mm256_max_epi32(most, _mm256_and_si256(magnitude, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i))));
+    other = _mm256_max_epi32(other, _mm256_and_si256(magnitude, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i + 8))));
+  }
+  int32_t rest = 0;
+  for (; i < count; ++i) {
+    int32_t bits;
+    __builtin_memcpy(&bits, values + i, 4);
+    bits &= 0x7fffffff;
+    rest = bits > rest ? bits : rest;
+  }
+  const __m256i infinite = _mm256_cmpgt_epi32(_mm256_max_epi32(most, other), _mm256_set1_epi32(0x7f7fffff));
+  return _mm256_testz_si256(infinite, infinite) != 0 && rest < 0x7f800000;
+}
+
 int64_t take_marked(const uint64_t* words, int64_t count, int32_t first, int32_t* found) {
   int64_t taken = 0;
   for (int64_t begin = 0; begin < count; begin += 64) {
@@ -289,9 +352,27 @@ float squared_difference(const float* a, const float* b, int64_t dim) {
 
 using namespace avx2;
 
-const Level kAvx2Level = {"avx2",         kScannedCode, squared_distances,  float16_to_float,      bfloat16_to_float, scan_rows,       scan_stages,
-                          scan_tile,      dots,         int8_floors,        first_largest,         quantize,          multiply_matrix, multiply_int16,
-                          round_to_steps, take_marked,  squared_difference, {0.037, 3, 0.18, 0.25}};
+const Level kAvx2Level = {"avx2",
+                          kScannedCode,
+                          squared_distances,
+                          float16_to_float,
+                          bfloat16_to_float,
+                          scan_rows,
+                          2,
+                          scan_stages,
+                          scan_tile,
+                          dots,
+                          int8_floors,
+                          first_largest,
+                          quantize,
+                          multiply_matrix,
+                          multiply_int16,
+                          round_to_steps,
+                          coarsen_steps,
+                          all_finite,
+                          take_marked,
+                          squared_difference,
+                          {0.037, 3, 0.18, 0.25}};
 
 }  // namespace patchcore
 

@@ -153,17 +153,18 @@ static inline void scan_some_stages(const StagedRows& rows, int64_t first, const
 }
 
 // Five rows at a time: their sums, four operands and what is in between fill the registers. Fours make up for what five does not divide.
-void scan_stages(const uint8_t* rows, int64_t stride, int64_t count, const int16_t* row_starts, const int8_t* tiles, const int16_t* starts,
+void scan_stages(const uint8_t* rows, int64_t stride, int64_t count, const void* row_starts, const int8_t* tiles, const void* starts,
                  int64_t num_tiles, int64_t words, const int32_t* floors, uint64_t* survivors, int64_t mask_stride) {
+  const int16_t* operand_starts = static_cast<const int16_t*>(starts);
   int16_t rooms[kTileOperands];
   for (int64_t r = 0; r < count; ++r) rooms[r] = static_cast<int16_t>(-floors[r]);
-  StagedRows staged = {rows, stride, row_starts, rooms, {}, num_stages(4 * words)};
+  StagedRows staged = {rows, stride, static_cast<const int16_t*>(row_starts), rooms, {}, num_stages(4 * words)};
   for (int64_t stage = 0; stage < staged.num_stages; ++stage) staged.ends[stage] = stage_end(stage, 4 * words);
   const int64_t fours = (5 - count % 5) % 5;
-  for (int64_t t = 0; t < num_tiles; ++t, tiles += 4 * words * kTileOperands, starts += staged.num_stages * kTileOperands, ++survivors) {
+  for (int64_t t = 0; t < num_tiles; ++t, tiles += 4 * words * kTileOperands, operand_starts += staged.num_stages * kTileOperands, ++survivors) {
     for (int64_t half = 0; half < 2; ++half) {
       const int8_t* tile = tiles + 64 * half;
-      const int16_t* tile_starts = starts + 32 * half;
+      const int16_t* tile_starts = operand_starts + 32 * half;
       uint32_t* found = reinterpret_cast<uint32_t*>(survivors) + half;
       int64_t r = 0;
       for (; r + 5 + 4 * fours <= count; r += 5) scan_some_stages<5>(staged, r, tile, tile_starts, found + 2 * r * mask_stride, mask_stride);

@@ -5,6 +5,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/level_avx2.h"
+#include "cpu/level_avx512.h"
 
 // Everything below is compiled for AVX-512; no function of a header may be instantiated here, or the linker could keep this copy for every processor.
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of its own intrinsics (GCC bug 105593)
@@ -59,111 +60,6 @@ void bfloat16_to_float(const uint16_t* in, int64_t count, float* out) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, in + i));
     _mm512_mask_storeu_epi32(out + i, mask, _mm512_slli_epi32(wide, 16));
   }
-}
-
-inline __m512i row_word(const uint8_t* word) {
-  int32_t codes;
-  __builtin_memcpy(&codes, word, 4);
-  return _mm512_set1_epi32(codes);
-}
-
-// sum + dot products of four codes, in place. As an intrinsic GCC 12 copies the accumulators about and spills from five rows on.
-inline __m512i add_dots(__m512i sum, __m512i codes, __m512i operands) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(operands));
-  return sum;
-}
-
-// kRows rows against the 64 operands of a tile: 4 * kRows accumulators stay in registers.
-template <int kRows>
-inline void scan_some_rows(const uint8_t* rows, int64_t stride, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors,
-                           uint64_t* survivors) {
-  __m512i sums[kRows][4];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) sums[r][q] = _mm512_loadu_si512(start + 16 * q);
-  }
-  for (int64_t w = 0; w < words; ++w, tile += 4 * kTileOperands) {
-    const __m512i operand0 = _mm512_loadu_si512(tile), operand1 = _mm512_loadu_si512(tile + 64);
-    const __m512i operand2 = _mm512_loadu_si512(tile + 128), operand3 = _mm512_loadu_si512(tile + 192);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const __m512i codes = row_word(rows + r * stride + 4 * w);
-      sums[r][0] = add_dots(sums[r][0], codes, operand0);
-      sums[r][1] = add_dots(sums[r][1], codes, operand1);
-      sums[r][2] = add_dots(sums[r][2], codes, operand2);
-      sums[r][3] = add_dots(sums[r][3], codes, operand3);
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-    const __m512i floor = _mm512_set1_epi32(floors[r]);
-    const uint64_t low = _mm512_cmpge_epi32_mask(sums[r][0], floor) | static_cast<uint32_t>(_mm512_cmpge_epi32_mask(sums[r][1], floor)) << 16;
-    const uint64_t high = _mm512_cmpge_epi32_mask(sums[r][2], floor) | static_cast<uint32_t>(_mm512_cmpge_epi32_mask(sums[r][3], floor)) << 16;
-    survivors[r] = low | high << 32;
-  }
-}
-
-void scan_rows(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors,
-               uint64_t* survivors) {
-  int64_t r = 0;
-  for (; r + 4 <= count; r += 4) scan_some_rows<4>(rows + r * stride, stride, tile, start, words, floors + r, survivors + r);
-  for (; r < count; ++r) scan_some_rows<1>(rows + r * stride, stride, tile, start, words, floors + r, survivors + r);
-}
-
-uint64_t scan_tile(const uint8_t* row, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors, int32_t offset) {
-  __m512i sums[4], other[4];  // two sums an operand: the latency of one instruction behind the other would show
-  for (int q = 0; q < 4; ++q) {
-    sums[q] = _mm512_loadu_si512(start + 16 * q);
-    other[q] = _mm512_setzero_si512();
-  }
-  int64_t w = 0;
-  for (; w + 2 <= words; w += 2, tile += 8 * kTileOperands) {
-    const __m512i codes = row_word(row + 4 * w), next = row_word(row + 4 * w + 4);
-    for (int q = 0; q < 4; ++q) {
-      sums[q] = _mm512_dpbusd_epi32(sums[q], codes, _mm512_loadu_si512(tile + 64 * q));
-      other[q] = _mm512_dpbusd_epi32(other[q], next, _mm512_loadu_si512(tile + 4 * kTileOperands + 64 * q));
-    }
-  }
-  if (w < words) {
-    for (int q = 0; q < 4; ++q) sums[q] = _mm512_dpbusd_epi32(sums[q], row_word(row + 4 * w), _mm512_loadu_si512(tile + 64 * q));
-  }
-  uint64_t survivors = 0;
-  for (int q = 0; q < 4; ++q) {
-    const __m512i floor = _mm512_add_epi32(_mm512_loadu_si512(floors + 16 * q), _mm512_set1_epi32(offset));
-    survivors |= static_cast<uint64_t>(_mm512_cmpge_epi32_mask(_mm512_add_epi32(sums[q], other[q]), floor)) << (16 * q);
-  }
-  return survivors;
-}
-
-// 64 codes at a time: those up to `coarse`, 2^shift times, then those up to `whole`, then the rest.
-inline __m512i row_times_operand(const uint8_t* row, const int8_t* operand, int64_t coarse, __m128i shift, int64_t whole, __mmask64 rest) {
-  __m512i sum = _mm512_setzero_si512();
-  int64_t b = 0;
-  for (; b < coarse; b += 64) sum = _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(row + b), _mm512_loadu_si512(operand + b));
-  sum = _mm512_sll_epi32(sum, shift);
-  for (; b < whole; b += 64) sum = _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(row + b), _mm512_loadu_si512(operand + b));
-  return _mm512_dpbusd_epi32(sum, _mm512_maskz_loadu_epi8(rest, row + whole), _mm512_maskz_loadu_epi8(rest, operand + whole));
-}
-
-// Four operands at a time, whose sums are added up together.
-void dots(const uint8_t* row, const int8_t* operands, int64_t stride, const int32_t* which, int64_t count, int64_t words, int64_t coarse,
-          int64_t shift, int32_t* out) {
-  const int64_t whole = (words - 1) / 16 * 64;
-  const __m128i bits = _mm_cvtsi64_si128(shift);
-  const __mmask64 rest = ~uint64_t{0} >> (64 - (4 * words - whole));
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) {
-    __m512i sums[4];
-#pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) sums[q] = row_times_operand(row, operands + which[i + q] * stride, 4 * coarse, bits, whole, rest);
-    const __m512i low = _mm512_add_epi32(_mm512_unpacklo_epi32(sums[0], sums[1]), _mm512_unpackhi_epi32(sums[0], sums[1]));
-    const __m512i high = _mm512_add_epi32(_mm512_unpacklo_epi32(sums[2], sums[3]), _mm512_unpackhi_epi32(sums[2], sums[3]));
-    const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
-    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
-  }
-  for (; i < count; ++i) out[i] = _mm512_reduce_add_epi32(row_times_operand(row, operands + which[i] * stride, 4 * coarse, bits, whole, rest));
 }
 
 // filter.h, section 5, eight rows at a time and operation by operation: the same integers.
@@ -237,59 +133,110 @@ inline __m512i add_pair_products(__m512i sum, __m512i pair, __m512i operands) {
   return sum;
 }
 
-template <int kRows>
+// kRows rows and 16 * kParts outputs: kRows * kParts accumulators stay in registers.
+template <int kRows, int kParts>
 inline void multiply_some_rows(const int16_t* rows, int64_t stride, const int16_t* tile, int64_t pairs, int32_t* products, int64_t products_stride) {
-  __m512i sums[kRows][4];
-#pragma GCC unroll 4
+  __m512i sums[kRows][kParts];
+#pragma GCC unroll 7
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) sums[r][q] = _mm512_setzero_si512();
+    for (int q = 0; q < kParts; ++q) sums[r][q] = _mm512_setzero_si512();
   }
   for (int64_t w = 0; w < pairs; ++w, tile += 2 * kTileOperands) {
-    const __m512i operand0 = _mm512_loadu_si512(tile), operand1 = _mm512_loadu_si512(tile + 32);
-    const __m512i operand2 = _mm512_loadu_si512(tile + 64), operand3 = _mm512_loadu_si512(tile + 96);
+    __m512i operands[kParts];
 #pragma GCC unroll 4
+    for (int q = 0; q < kParts; ++q) operands[q] = _mm512_loadu_si512(tile + 32 * q);
+#pragma GCC unroll 7
     for (int r = 0; r < kRows; ++r) {
       int32_t two;
       __builtin_memcpy(&two, rows + r * stride + 2 * w, 4);
       const __m512i pair = _mm512_set1_epi32(two);
-      sums[r][0] = add_pair_products(sums[r][0], pair, operand0);
-      sums[r][1] = add_pair_products(sums[r][1], pair, operand1);
-      sums[r][2] = add_pair_products(sums[r][2], pair, operand2);
-      sums[r][3] = add_pair_products(sums[r][3], pair, operand3);
+#pragma GCC unroll 4
+      for (int q = 0; q < kParts; ++q) sums[r][q] = add_pair_products(sums[r][q], pair, operands[q]);
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 7
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) _mm512_storeu_si512(products + r * products_stride + 16 * q, sums[r][q]);
+    for (int q = 0; q < kParts; ++q) _mm512_storeu_si512(products + r * products_stride + 16 * q, sums[r][q]);
   }
 }
 
-void multiply_int16(const int16_t* rows, int64_t stride, int64_t count, const int16_t* tile, int64_t pairs, int32_t* products,
-                    int64_t products_stride) {
+template <int kParts>
+inline void multiply_rows(const int16_t* rows, int64_t stride, int64_t count, const int16_t* tile, int64_t pairs, int32_t* products,
+                          int64_t products_stride) {
   int64_t r = 0;
-  for (; r + 4 <= count; r += 4) multiply_some_rows<4>(rows + r * stride, stride, tile, pairs, products + r * products_stride, products_stride);
-  for (; r < count; ++r) multiply_some_rows<1>(rows + r * stride, stride, tile, pairs, products + r * products_stride, products_stride);
+  for (; r + 4 <= count; r += 4)
+    multiply_some_rows<4, kParts>(rows + r * stride, stride, tile, pairs, products + r * products_stride, products_stride);
+  for (; r < count; ++r) multiply_some_rows<1, kParts>(rows + r * stride, stride, tile, pairs, products + r * products_stride, products_stride);
+}
+
+void multiply_int16(const int16_t* rows, int64_t stride, int64_t count, const int16_t* tile, int64_t pairs, int64_t outputs, int32_t* products,
+                    int64_t products_stride) {
+  if (outputs <= 32) {
+    multiply_rows<2>(rows, stride, count, tile, pairs, products, products_stride);
+  } else {
+    multiply_rows<4>(rows, stride, count, tile, pairs, products, products_stride);
+  }
 }
 
 // filter.h, rounded_code, eight coordinates at a time.
 double round_to_steps(const float* x, const double* center, int64_t count, double scale, double most, int16_t* steps, double* error_squares) {
   const __m512d high = _mm512_set1_pd(most), low = _mm512_set1_pd(-most), magic = _mm512_set1_pd(0x1.8p52), factor = _mm512_set1_pd(scale);
   __m512d errors = _mm512_setzero_pd(), squares = errors;
-  for (int64_t j = 0; j < count; j += 8) {
-    const __mmask8 mask = count - j >= 8 ? static_cast<__mmask8>(0xff) : static_cast<__mmask8>((1u << (count - j)) - 1);
-    const __m512d value = _mm512_cvtps_pd(_mm256_maskz_loadu_ps(mask, x + j));
-    const __m512d scaled = _mm512_mul_pd(factor, _mm512_sub_pd(value, _mm512_maskz_loadu_pd(mask, center + j)));
+  const auto eight = [&](__m512d value, __m512d centers) {
+    const __m512d scaled = _mm512_mul_pd(factor, _mm512_sub_pd(value, centers));
     const __m512d clipped = _mm512_max_pd(low, _mm512_min_pd(high, scaled));  // NaN: the second operand
     const __m512d code = _mm512_sub_pd(_mm512_add_pd(clipped, magic), magic);
     const __m512d error = _mm512_sub_pd(clipped, code);
-    errors = _mm512_add_pd(errors, _mm512_mul_pd(error, error));
-    squares = _mm512_add_pd(squares, _mm512_mul_pd(code, code));
-    _mm256_mask_cvtepi32_storeu_epi16(steps + j, mask, _mm512_cvtpd_epi32(code));
+    errors = _mm512_fmadd_pd(error, error, errors);
+    squares = _mm512_fmadd_pd(code, code, squares);
+    return _mm512_cvtpd_epi32(code);
+  };
+  int64_t j = 0;
+  for (; j + 8 <= count; j += 8) {
+    const __m256i codes = eight(_mm512_cvtps_pd(_mm256_loadu_ps(x + j)), _mm512_loadu_pd(center + j));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(steps + j), _mm256_cvtepi32_epi16(codes));
+  }
+  if (j < count) {
+    const __mmask8 mask = static_cast<__mmask8>((1u << (count - j)) - 1);
+    const __m256i codes = eight(_mm512_cvtps_pd(_mm256_maskz_loadu_ps(mask, x + j)), _mm512_maskz_loadu_pd(mask, center + j));
+    _mm256_mask_cvtepi32_storeu_epi16(steps + j, mask, codes);
   }
   *error_squares = _mm512_reduce_add_pd(errors);
   return _mm512_reduce_add_pd(squares);
+}
+
+// filter.h, step_code, thirty-two steps at a time.
+int32_t coarsen_steps(const int16_t* steps, int64_t count, int64_t bits, uint8_t* codes, int32_t* error_squares) {
+  const __m128i shift = _mm_cvtsi64_si128(bits);
+  const __m512i half = _mm512_set1_epi16(static_cast<int16_t>((1 << bits) >> 1));
+  const __m512i high = _mm512_set1_epi16(kMaxCode), low = _mm512_set1_epi16(-kMaxCode);
+  const __m512i most = _mm512_sll_epi16(high, shift), least = _mm512_sll_epi16(low, shift);
+  __m512i norms = _mm512_setzero_si512(), errors = norms;
+  for (int64_t j = 0; j < count; j += 32) {
+    const __mmask32 mask = count - j >= 32 ? ~uint32_t{0} : (uint32_t{1} << (count - j)) - 1;
+    const __m512i step = _mm512_maskz_loadu_epi16(mask, steps + j);
+    const __m512i nearest = _mm512_sra_epi16(_mm512_add_epi16(step, half), shift);
+    const __m512i code = _mm512_max_epi16(_mm512_min_epi16(nearest, high), low);
+    const __m512i clipped = _mm512_max_epi16(_mm512_min_epi16(step, most), least);
+    const __m512i error = _mm512_sub_epi16(clipped, _mm512_sll_epi16(code, shift));
+    norms = _mm512_add_epi32(norms, _mm512_madd_epi16(code, code));
+    errors = _mm512_add_epi32(errors, _mm512_madd_epi16(error, error));
+    _mm512_mask_cvtepi16_storeu_epi8(codes + j, mask, _mm512_add_epi16(code, _mm512_set1_epi16(kMaxCode + 1)));
+  }
+  *error_squares = _mm512_reduce_add_epi32(errors);
+  return _mm512_reduce_add_epi32(norms);
+}
+
+bool all_finite(const float* values, int64_t count) {
+  constexpr int kInfinitiesAndNans = 0x99;
+  __mmask16 found = 0;
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) found |= _mm512_fpclass_ps_mask(_mm512_loadu_ps(values + i), kInfinitiesAndNans);
+  const __mmask16 rest = static_cast<__mmask16>((1u << (count - i)) - 1);
+  found |= _mm512_fpclass_ps_mask(_mm512_maskz_loadu_ps(rest, values + i), kInfinitiesAndNans);
+  return found == 0;
 }
 
 float squared_difference(const float* a, const float* b, int64_t dim) {
@@ -311,12 +258,27 @@ float squared_difference(const float* a, const float* b, int64_t dim) {
 
 }  // namespace
 
-const Level kAvx512Level = {"avx512",          kMaxCode,           squared_distances,
-                            float16_to_float,  bfloat16_to_float,  scan_rows,
-                            nullptr,           scan_tile,          dots,
-                            int8_floors,       first_largest,      quantize,
-                            multiply_matrix,   multiply_int16,     round_to_steps,
-                            avx2::take_marked, squared_difference, {0.0167, 1.7, 0.05, 0.25}};
+const Level kAvx512Level = {"avx512",
+                            kMaxCode,
+                            squared_distances,
+                            float16_to_float,
+                            bfloat16_to_float,
+                            avx512::scan_rows,
+                            4,
+                            avx512::scan_stages,
+                            avx512::scan_tile,
+                            avx512::dots,
+                            int8_floors,
+                            first_largest,
+                            quantize,
+                            multiply_matrix,
+                            multiply_int16,
+                            round_to_steps,
+                            coarsen_steps,
+                            all_finite,
+                            avx2::take_marked,
+                            squared_difference,
+                            {0.0167, 1.7, 0.05, 0.25}};
 
 }  // namespace patchcore
 

@@ -5,6 +5,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/level_avx2.h"
+#include "cpu/stages.h"
 
 // Everything below is compiled for AVX-VNNI; no function of a header may be instantiated here, or the linker could keep this copy for every
 // processor.
@@ -27,7 +28,8 @@ const Level kAvxVnniLevel = {"avxvnni",
                              avx2::float16_to_float,
                              avx2::bfloat16_to_float,
                              scan_rows,
-                             nullptr,
+                             4,
+                             scan_stages,
                              scan_tile,
                              dots,
                              avx2::int8_floors,
@@ -36,6 +38,8 @@ const Level kAvxVnniLevel = {"avxvnni",
                              avx2::multiply_matrix,
                              avx2::multiply_int16,
                              avx2::round_to_steps,
+                             avx2::coarsen_steps,
+                             avx2::all_finite,
                              avx2::take_marked,
                              avx2::squared_difference,
                              {0.033, 2.5, 0.09, 0.25}};

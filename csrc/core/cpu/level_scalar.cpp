@@ -1,7 +1,7 @@
 // The portable level: the definition itself (distance.h). Every other level must equal it bit for bit.
 #include <cstring>
 
-#include "cpu/dispatch.h"
+#include "cpu/stages.h"
 #include "distance.h"
 #include "filter.h"
 
@@ -65,6 +65,28 @@ void scan_rows(const uint8_t* rows, int64_t stride, int64_t count, const int8_t*
   }
 }
 
+void scan_stages(const uint8_t* rows, int64_t stride, int64_t count, const void* row_starts, const int8_t* tiles, const void* starts,
+                 int64_t num_tiles, int64_t words, const int32_t* floors, uint64_t* survivors, int64_t mask_stride) {
+  const int32_t* tile_starts = static_cast<const int32_t*>(starts);
+  const int64_t stages = num_stages(4 * words);
+  for (int64_t t = 0; t < num_tiles; ++t, tiles += 4 * words * kTileOperands, tile_starts += stages * kTileOperands) {
+    for (int64_t r = 0; r < count; ++r) {
+      uint64_t left = 0;
+      for (int64_t o = 0; o < kTileOperands; ++o) {
+        int32_t sum = -floors[r];
+        for (int64_t stage = 0, w = 0; stage < stages && (stage == 0 || sum >= 0); ++stage) {
+          const int64_t end = stage_end(stage, 4 * words) / 4;
+          sum += static_cast<const int32_t*>(row_starts)[stage * kTileOperands + r] + tile_starts[stage * kTileOperands + o] +
+                 dot(rows + r * stride + 4 * w, tiles + (w * kTileOperands + o) * 4, 4 * kTileOperands, end - w);
+          w = end;
+        }
+        left |= static_cast<uint64_t>(sum >= 0) << o;
+      }
+      survivors[r * mask_stride + t] = left;
+    }
+  }
+}
+
 void dots(const uint8_t* row, const int8_t* operands, int64_t stride, const int32_t* which, int64_t count, int64_t words, int64_t coarse,
           int64_t shift, int32_t* out) {
   for (int64_t i = 0; i < count; ++i) {
@@ -103,10 +125,10 @@ void multiply_matrix(const double* x, const double* matrix, int64_t dim, int64_t
   }
 }
 
-void multiply_int16(const int16_t* rows, int64_t stride, int64_t count, const int16_t* tile, int64_t pairs, int32_t* products,
+void multiply_int16(const int16_t* rows, int64_t stride, int64_t count, const int16_t* tile, int64_t pairs, int64_t outputs, int32_t* products,
                     int64_t products_stride) {
   for (int64_t r = 0; r < count; ++r) {
-    for (int64_t o = 0; o < kTileOperands; ++o) {
+    for (int64_t o = 0; o < outputs; ++o) {
       uint32_t sum = 0;  // wraps
       for (int64_t j = 0; j < 2 * pairs; ++j) {
         sum += static_cast<uint32_t>(rows[r * stride + j] * tile[(j / 2 * kTileOperands + o) * 2 + j % 2]);
@@ -128,12 +150,30 @@ double round_to_steps(const float* x, const double* center, int64_t count, doubl
   return squared_norm;
 }
 
+int32_t coarsen_steps(const int16_t* steps, int64_t count, int64_t bits, uint8_t* codes, int32_t* error_squares) {
+  int32_t squared_norm = 0, errors = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    const StepCode code = step_code(steps[j], static_cast<int>(bits));
+    codes[j] = static_cast<uint8_t>(kMaxCode + 1 + code.code);
+    squared_norm += code.code * code.code;
+    errors += code.error * code.error;
+  }
+  *error_squares = errors;
+  return squared_norm;
+}
+
 int64_t take_marked(const uint64_t* words, int64_t count, int32_t first, int32_t* found) {
   int64_t taken = 0;
   for (int64_t m = 0; m < count; ++m) {
     for (uint64_t left = words[m]; left != 0; left &= left - 1) found[taken++] = first + static_cast<int32_t>(64 * m) + __builtin_ctzll(left);
   }
   return taken;
+}
+
+bool all_finite(const float* values, int64_t count) {
+  float sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += values[i] - values[i];
+  return sum == 0;
 }
 
 float squared_difference(const float* a, const float* b, int64_t dim) {
@@ -144,8 +184,26 @@ float squared_difference(const float* a, const float* b, int64_t dim) {
 
 }  // namespace
 
-const Level kScalarLevel = {"scalar",       kMaxCode,    squared_distances,  float16_to_float,   bfloat16_to_float, scan_rows,       nullptr,
-                            scan_tile,      dots,        int8_floors,        first_largest,      quantize,          multiply_matrix, multiply_int16,
-                            round_to_steps, take_marked, squared_difference, {1.25, 5, 0.5, 0.9}};
+const Level kScalarLevel = {"scalar",
+                            kMaxCode,
+                            squared_distances,
+                            float16_to_float,
+                            bfloat16_to_float,
+                            scan_rows,
+                            4,
+                            scan_stages,
+                            scan_tile,
+                            dots,
+                            int8_floors,
+                            first_largest,
+                            quantize,
+                            multiply_matrix,
+                            multiply_int16,
+                            round_to_steps,
+                            coarsen_steps,
+                            all_finite,
+                            take_marked,
+                            squared_difference,
+                            {1.25, 5, 0.5, 0.9}};
 
 }  // namespace patchcore

@@ -27,7 +27,7 @@ SearchMemory search_memory(const Rows& queries, const Rows& rows, const Prepared
   memory.widened = pieces->take<float>(float_scratch(queries, kBlockQueries));
   memory.widened_row = pieces->take<float>(float_scratch(rows, 1));
   memory.scanned_codes = pieces->take<uint8_t>(kBlockQueries * 4 * std::max(bank.full.words, bank.prefix.words));
-  memory.row_starts = pieces->take<int16_t>(kMostStages * kBlockQueries);
+  memory.row_starts = pieces->take<char>(kMostStages * kBlockQueries * level().stage_bytes);
   memory.second_codes = pieces->take<uint8_t>(kBlockQueries * 4 * bank.second.words);
   memory.masks = pieces->take<uint64_t>(kBlockQueries * kMaskStride);
   memory.left = pieces->take<int32_t>(kChunkTiles * kTileOperands + 4);
@@ -129,7 +129,7 @@ void BlockSearch::encode_scanned(int64_t count) {
     residuals_[q] = encoded.residual;
     if (!filter.view.staged) continue;
     norms_[q] = 0;  // the row's starts contain it
-    stage_starts(codes, 4 * filter.words, filter.view.most + 1, 0, memory_.row_starts + q);
+    level_stage_starts(codes, 4 * filter.words, filter.view.most + 1, 0, memory_.row_starts, q);
   }
 }
 
@@ -157,8 +157,8 @@ void BlockSearch::scan(const Chunks& chunks, int64_t count) {
 void BlockSearch::scan_in_stages(const TileFilter& filter, const Chunks& chunks, int64_t count, const int32_t* floors) {
   const int64_t length = 4 * filter.words, begin = chunks.begin();
   level().scan_stages(memory_.scanned_codes, length, count, memory_.row_starts, filter.tiles + begin * length * kTileOperands,
-                      filter.stage_starts + begin * num_stages(length) * kTileOperands, chunks.end() - begin, filter.words, floors, memory_.masks,
-                      kMaskStride);
+                      filter.stage_starts + begin * num_stages(length) * kTileOperands * level().stage_bytes, chunks.end() - begin, filter.words,
+                      floors, memory_.masks, kMaskStride);
   const int64_t padding = chunks.end() * kTileOperands - bank_.count;
   if (padding <= 0) return;
   for (int64_t q = 0; q < count; ++q) memory_.masks[q * kMaskStride + chunks.end() - 1 - begin] &= ~uint64_t{0} >> padding;

@@ -19,7 +19,7 @@ struct SearchMemory {
   float* widened;          // [kBlockQueries, dim] of the queries, unused for float32
   float* widened_row;      // [dim] of a bank row
   uint8_t* scanned_codes;  // [kBlockQueries, 4 * words] in the view that is scanned
-  int16_t* row_starts;     // [stages, kBlockQueries] of a scan in stages
+  char* row_starts;        // [stages, kBlockQueries] of a scan in stages
   uint8_t* second_codes;   // [kBlockQueries, 4 * words]
   uint64_t* masks;         // [kBlockQueries, kMaskStride], bits of the rows that the scan leaves of each tile
   int32_t* left;           // [kChunkTiles * 64 + 4], places in the tiles that are left for a query
