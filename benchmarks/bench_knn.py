@@ -2,7 +2,8 @@
 
 Ours is first compared with every distance in float64, indices and distances bit by bit; a mismatch is reported and nothing timed. Of the others the share of
 queries is counted to which they give a row that is not the nearest. The methods of a case take turns in one process, so that a slow minute of the machine
-hits all of them; read the ratios. Where a case searches for fewer images than there are, each repetition takes the next ones, for all methods the same.
+hits all of them; read the ratios. Where a case searches for fewer images than there are, each repetition takes the next ones, for all methods the same;
+for one image, a repetition is the mean of two, a good one and a defective one, as these take different times.
 
 Whole scoring runs in the environment that ``--peers PYTHON`` names, where anomalib is, beside patchcore_ext (``make bench-peers`` makes one); else without it.
 """
@@ -258,7 +259,8 @@ def main() -> None:
     )
     note = (
         f"Real rows: {real_source()}, {dims}; {TRAIN_IMAGES} good images, greedy coresets of 1% and 10% of their {ALL_ROWS:,} patches or all of them; queries "
-        f"of {QUERY_IMAGES} other images, half of them defective. *offset* is the same with 100 added to every value."
+        f"of {QUERY_IMAGES} other images, half of them defective; a run for one image is the mean of a good and a defective one. "
+        "*offset* is the same with 100 added to every value."
     )
     print(write_results(arguments.name, rows, note))
     chart(arguments.name, rows)

@@ -117,14 +117,19 @@ def without(error: Exception) -> str:
 
 
 def load(arguments: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
-    """The bank [M, D], and the queries of each call: those of ``images`` images, as often as there are more, at most ``repeats`` times."""
+    """The bank [M, D], and the queries of each call: those of ``images`` images, as often as there are more, at most as many as there are calls."""
     rows = np.load(arguments["rows"], mmap_mode="r")
     count = arguments["bank_rows"]
     taken = rows[:count] if arguments["picks"] is None or count == len(rows) else rows[np.load(arguments["picks"])[:count]]
     queries = np.load(arguments["queries"])
     bank, asked = (torch.from_numpy(np.array(part + np.float32(arguments["offset"]), np.float32, order="C")) for part in (taken, queries))
     batches = asked.split(min(len(asked), arguments["images"] * PATCHES))
-    return bank, list(batches[: arguments["repeats"]])
+    return bank, list(batches[: arguments["repeats"] * calls_of_a_run(arguments)])
+
+
+def calls_of_a_run(arguments: dict[str, Any]) -> int:
+    """Of single images, a good one and a defective one make a run: they take different times, and the median of both kinds would lie anywhere between."""
+    return 2 if arguments["images"] == 1 else 1
 
 
 def sample_rows(count: int) -> Tensor:
@@ -159,20 +164,31 @@ def wrong_share(search: Search, queries: Tensor, bank: Tensor, exact: Tensor) ->
     return float(((distances > exact[:, 0]) | (nearest < 0)).double().mean())
 
 
-def in_turns(calls: dict[str, Callable[[int], Any]], repeats: int) -> dict[str, list[Any]]:
-    """Results of calling every method with the number of the repetition, again and again in turns; of slow ones at most SLOW_REPEATS."""
-    results: dict[str, list[Any]] = {name: [] for name in calls}
+Times = dict[str, float]  # of the parts of a call
+
+
+def in_turns(calls: dict[str, Callable[[int], Times]], arguments: dict[str, Any]) -> dict[str, list[Times]]:
+    """Runs of every method, called with the number of the call, again and again in turns; of slow ones at most SLOW_REPEATS runs.
+
+    A run is the mean of ``calls_of_a_run``, which do not follow each other: other methods empty the caches between them, as a network would.
+    """
+    a_run = calls_of_a_run(arguments)
+    results: dict[str, list[Times]] = {name: [] for name in calls}
     slow: set[str] = set()
-    for repeat in range(repeats):
+    for number in range(arguments["repeats"] * a_run):
         for name, call in calls.items():
-            if name in slow and repeat >= SLOW_REPEATS:
+            if name in slow and number >= SLOW_REPEATS * a_run:
                 continue
             time.sleep(PAUSE_SECONDS)
             started = time.perf_counter()
-            results[name].append(call(repeat))
+            results[name].append(call(number))
             if time.perf_counter() - started > SLOW_SECONDS:
                 slow.add(name)
-    return results
+    return {name: [_mean(found[i : i + a_run]) for i in range(0, len(found), a_run)] for name, found in results.items()}
+
+
+def _mean(times: list[Times]) -> Times:
+    return {part: sum(one[part] for one in times) / len(times) for part in times[0]}
 
 
 def search(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -185,7 +201,7 @@ def search(arguments: dict[str, Any]) -> dict[str, Any]:
         return {"mismatch": problem}
     sample = torch.cat(batches)[rows]
     methods: dict[str, dict[str, Any]] = {}
-    calls: dict[str, Callable[[int], float]] = {}
+    calls: dict[str, Callable[[int], Times]] = {}
     for name in arguments["methods"]:
         started = time.perf_counter()
         try:
@@ -196,24 +212,24 @@ def search(arguments: dict[str, Any]) -> dict[str, Any]:
             methods[name] = {"error": without(error)}
             continue
 
-        def timed(repeat: int, method: Search = method) -> float:
-            queries = batches[repeat % len(batches)]
+        def timed(number: int, method: Search = method) -> Times:
+            queries = batches[number % len(batches)]
             started = time.perf_counter()
             method(queries)
-            return time.perf_counter() - started
+            return {"seconds": time.perf_counter() - started}
 
         calls[name] = timed
-    for name, seconds in in_turns(calls, arguments["repeats"]).items():
-        methods[name]["seconds"] = seconds
+    for name, runs in in_turns(calls, arguments).items():
+        methods[name]["seconds"] = [run["seconds"] for run in runs]
     return {"methods": methods, "checked": len(sample), "describe": PatchScorer(bank).describe()}
 
 
 Stages = list[tuple[str, Callable[[Any], Any]]]
 
 
-def _timed_stages(stages: Stages, value: Any) -> dict[str, Any]:
+def _timed_stages(stages: Stages, value: Any) -> Times:
     """Milliseconds of each stage, each fed with what the one before returns, and of all."""
-    result: dict[str, Any] = {}
+    result: Times = {}
     for name, stage in stages:
         started = time.perf_counter()
         value = stage(value)
@@ -301,7 +317,7 @@ def scoring(arguments: dict[str, Any]) -> dict[str, Any]:
     if problem is not None:
         return {"mismatch": problem}
     methods: dict[str, dict[str, Any]] = {}
-    calls: dict[str, Callable[[int], dict[str, Any]]] = {}
+    calls: dict[str, Callable[[int], Times]] = {}
     for name, build in SCORINGS.items():
         try:
             stages = build(bank, arguments["threads"])
@@ -312,15 +328,15 @@ def scoring(arguments: dict[str, Any]) -> dict[str, Any]:
         for _, stage in stages:  # warms up
             value = stage(value)
         methods[name] = {"image_score": float(value[0])}
-        calls[name] = lambda repeat, stages=stages: _timed_stages(stages, batches[repeat % len(batches)])
+        calls[name] = lambda number, stages=stages: _timed_stages(stages, batches[number % len(batches)])
     images = torch.rand((1, 3, *SIZE), generator=torch.Generator().manual_seed(0))
     for name in BACKBONES:
         network = FeatureExtractor(name, ("layer2", "layer3"), weights=None).network
         network(images)
         methods[name] = {}
-        calls[name] = lambda repeat, network=network: _timed_stages([("network", network)], images)
-    for name, stages_ms in in_turns(calls, arguments["repeats"]).items():
-        methods[name]["ms"] = {stage: [run[stage] for run in stages_ms] for stage in stages_ms[0]}
+        calls[name] = lambda _, network=network: _timed_stages([("network", network)], images)
+    for name, runs in in_turns(calls, arguments).items():
+        methods[name]["ms"] = {stage: [run[stage] for run in runs] for stage in runs[0]}
     return {"methods": methods}
 
 
