@@ -341,7 +341,7 @@ PATCHCORE_HOST_DEVICE StepCode step_code(int32_t step, int bits) {
   const int32_t nearest = (step + half) >> bits;  // >> floors
   const int32_t code = nearest > kMaxCode ? kMaxCode : (nearest < -kMaxCode ? -kMaxCode : nearest);
   const int32_t clipped = step > most ? most : (step < -most ? -most : step);
-  return {code, clipped - (code << bits)};
+  return {code, clipped - code * (1 << bits)};
 }
 
 constexpr int kContractionBits = 14;
