@@ -57,6 +57,20 @@ def test_neighbors_are_the_same_where_a_prefix_pays(offset: float, dtype: torch.
     assert sum(code.nbytes for code in codes) <= 0.75 * bank.numel() * 4
 
 
+@pytest.mark.parametrize("whole_rows", [0, 2**16], ids=["long prefix", "all coordinates"])
+@pytest.mark.parametrize("dim", [192, 385, 1024])
+def test_either_kind_of_row_codes_finds_the_same(monkeypatch: pytest.MonkeyPatch, dim: int, whole_rows: int) -> None:
+    monkeypatch.setattr(_rotation, "_WHOLE_ROWS", whole_rows)
+    monkeypatch.setattr(_rotation, "_WHOLE_NANOSECONDS", float("inf"))
+    bank, queries = features_like_real_ones(2100, dim), features_like_real_ones(150, dim, seed=5)
+    matrix, short = _rotation.center_and_prefixes(bank)[1:3]
+    assert (matrix.shape[0] > short > 0) if whole_rows == 0 else (matrix.shape[0] == short > 0)
+    codes = ops.prepare_bank(bank)
+    assert sum(code.nbytes for code in codes) <= 0.75 * bank.numel() * 4
+    for k in (1, 9, 100):
+        assert_equal_to_every_distance(queries, bank, codes, k)
+
+
 @pytest.mark.parametrize("dim", [192, 384, 1024])
 def test_copies_of_small_banks_stay_within_their_share_of_memory(dim: int) -> None:
     """A prefix pays from a few hundred rows on, but its matrix is as large for few rows as for many."""
