@@ -12,7 +12,7 @@
 #include "check.h"
 #include "cpu/dispatch.h"
 #include "cpu/level_avx2.h"
-#include "cpu/stages.h"
+#include "cpu/stage_starts.h"
 #include "filter.h"
 
 using namespace patchcore;

@@ -5,7 +5,7 @@
 #include "cpu/bank_layout.h"
 #include "cpu/float_environment.h"
 #include "cpu/search.h"
-#include "cpu/stages.h"
+#include "cpu/stage_starts.h"
 #include "filter.h"
 
 namespace patchcore {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/stages.h"
+#include "cpu/stage_starts.h"
 #include "filter.h"
 
 namespace patchcore {
