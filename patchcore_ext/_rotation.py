@@ -60,7 +60,8 @@ def center_and_prefix(rows: Tensor) -> tuple[Tensor, Tensor]:
 _SHORT, _SHORT_REST = (63, 95, 127, 159, 191), 0.11
 _SHORT_ROWS, _FEW_ROWS_REST = 4096, 0.16  # fewer rows: such a share
 _LONG, _LONG_REST = (126, 190, 254, 382, 510), 0.066
-_WHOLE_NANOSECONDS, _WHOLE_ROWS = 20.5, 2**16  # of a look-up of all coordinates, and rows of a bank, at most
+# All coordinates: up to so many dimensions anywhere, more where a look-up takes at most so long; up to so many rows, which lie in the caches for the most part.
+_WHOLE_DIMS, _WHOLE_NANOSECONDS, _WHOLE_ROWS = 384, 20.5, 2**16
 _CUDA_LENGTHS = (63, 191)  # csrc/core/cuda/kernels.h
 _PREPARED_ROWS = 256  # below, not worth the preparation
 _PREPARED_ROWS_CUDA = 1024
@@ -100,7 +101,7 @@ def center_and_prefixes(bank: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
     if dim not in _PREPARED_DIMS or bank.shape[0] < (_PREPARED_ROWS_CUDA if on_cuda else _PREPARED_ROWS):
         return without
     most = 2 * dim // 3
-    whole = bank.shape[0] <= _WHOLE_ROWS and _library.look_up_nanoseconds(dim) <= _WHOLE_NANOSECONDS
+    whole = bank.shape[0] <= _WHOLE_ROWS and (dim <= _WHOLE_DIMS or _library.look_up_nanoseconds(dim) <= _WHOLE_NANOSECONDS)
     shorts = [length for length in _SHORT if length < most and (_fits(bank, length, length) if whole else _longs(bank, length, most))]
     if not on_cuda and not shorts:
         return without
