@@ -66,7 +66,7 @@ def _add_picks(features: Tensor, picks: Tensor, min_distances: Tensor, codes: Te
 
 
 def _prepare_bank(bank: Tensor, center: Tensor, matrix: Tensor, short_outputs: int, order: Tensor) -> Tensor:
-    """The size of what lay_out of csrc/core/cpu/bank.cpp lays out; opcheck compares it with the kernel's."""
+    """The size of what lay_out of csrc/core/cpu/bank_layout.cpp lays out; opcheck compares it with the kernel's."""
     rows, dim = bank.shape
     if _library.runs_cuda_kernels(bank.device):
         return bank.new_empty((_cuda_bank_bytes(rows, dim, matrix.shape[0] > 0),), dtype=torch.uint8)

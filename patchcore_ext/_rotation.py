@@ -133,7 +133,7 @@ def _longs(bank: Tensor, short: int, most: int) -> list[int]:
 
 
 def _fits(bank: Tensor, short: int, long: int) -> bool:
-    """Whether the codes of a bank ``[M, D]`` with prefixes of these lengths stay within their share of memory (csrc/core/cpu/bank.cpp, lay_out).
+    """Whether the codes of a bank ``[M, D]`` with prefixes of these lengths stay within their share of memory (csrc/core/cpu/bank_layout.cpp).
 
     As long as the short one: there is no long one, all coordinates are looked up instead.
     """

@@ -90,8 +90,8 @@ struct Packer {
       sample[index] = most;
     });
     const double magnitude = percentile(sample, count, kStepPercentile);
-    // As int8_scale (filter.h): any scale is sound, and that of a usable magnitude keeps products in range.
     largest_coordinate = percentile(sample, count, kCodePercentile);
+    // As int8_scale (filter.h): any scale is sound, and that of a usable magnitude keeps products in range.
     header->step_scale = magnitude >= 0x1p-150 && magnitude <= 0x1p130 ? largest_step(rows.dim) / magnitude : 1.0;
     bank.projection.step_scale = header->step_scale;
   }
@@ -217,7 +217,11 @@ struct Packer {
     choose_scale(&bank.full.view);
     if (bank.prefix.words > 0) {
       choose_scale(&bank.prefix.view);
-      bank.second.view.from_steps ? choose_step_bits(&bank.second.view) : choose_scale(&bank.second.view);
+      if (bank.second.view.from_steps) {
+        choose_step_bits(&bank.second.view);
+      } else {
+        choose_scale(&bank.second.view);
+      }
     }
     for (int64_t i = 0; i < tiles_of(rows.count) * kTileOperands; ++i) bank.order[i] = i < rows.count ? order[i] : order[0];
     for (int64_t i = 0; bank.places != nullptr && i < rows.count; ++i) bank.places[order[i]] = static_cast<int32_t>(i);

@@ -137,7 +137,7 @@ inline __m512i add_pair_products(__m512i sum, __m512i pair, __m512i operands) {
 template <int kRows, int kParts>
 inline void multiply_some_rows(const int16_t* rows, int64_t stride, const int16_t* tile, int64_t pairs, int32_t* products, int64_t products_stride) {
   __m512i sums[kRows][kParts];
-#pragma GCC unroll 7
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int q = 0; q < kParts; ++q) sums[r][q] = _mm512_setzero_si512();
@@ -146,7 +146,7 @@ inline void multiply_some_rows(const int16_t* rows, int64_t stride, const int16_
     __m512i operands[kParts];
 #pragma GCC unroll 4
     for (int q = 0; q < kParts; ++q) operands[q] = _mm512_loadu_si512(tile + 32 * q);
-#pragma GCC unroll 7
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       int32_t two;
       __builtin_memcpy(&two, rows + r * stride + 2 * w, 4);
@@ -155,7 +155,7 @@ inline void multiply_some_rows(const int16_t* rows, int64_t stride, const int16_
       for (int q = 0; q < kParts; ++q) sums[r][q] = add_pair_products(sums[r][q], pair, operands[q]);
     }
   }
-#pragma GCC unroll 7
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int q = 0; q < kParts; ++q) _mm512_storeu_si512(products + r * products_stride + 16 * q, sums[r][q]);

@@ -1,5 +1,5 @@
-// The stages of a scan (filter.h, section 5): the codes that tell rows apart best come first, and where they leave no row of a
-// group, the others are not looked at.
+// The stages of a scan (filter.h, section 5): the codes that tell rows apart best come first, and where they leave no row of a group, the others are
+// not looked at.
 #pragma once
 
 #include <cstdint>
