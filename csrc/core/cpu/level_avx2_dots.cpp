@@ -98,8 +98,8 @@ static inline __m256i broadcast_pair(const void* pair) { return _mm256_broadcast
 struct StagedRows {
   const uint8_t* codes;
   int64_t stride;
-  const int16_t* starts;  // [stages, 64]
-  const int16_t* rooms;   // [64], minus the floors
+  const int16_t* starts;          // [stages, 64]
+  int16_t begins[kTileOperands];  // the first stage's starts, minus the floors
   int64_t ends[kMostStages];
   int64_t num_stages;
 };
@@ -114,15 +114,23 @@ static inline void scan_some_stages(const StagedRows& rows, int64_t first, const
   const int16_t* row_starts = rows.starts + first;
   __m256i sums[kRows][2];
 #pragma GCC unroll 5
-  for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = broadcast_pair(rows.rooms + first + r);
-  for (int64_t stage = 0, k = 0; stage < rows.num_stages; ++stage, starts += kTileOperands, row_starts += kTileOperands) {
-    const __m256i starts0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(starts));
-    const __m256i starts1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(starts + 16));
+  for (int r = 0; r < kRows; ++r) {
+    const __m256i begin = broadcast_pair(rows.begins + first + r);
+    sums[r][0] = _mm256_add_epi16(begin, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(starts)));
+    sums[r][1] = _mm256_add_epi16(begin, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(starts + 16)));
+  }
+  for (int64_t stage = 0, k = 0; stage < rows.num_stages; ++stage) {
+    if (stage > 0) {
+      starts += kTileOperands;
+      row_starts += kTileOperands;
+      const __m256i starts0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(starts));
+      const __m256i starts1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(starts + 16));
 #pragma GCC unroll 5
-    for (int r = 0; r < kRows; ++r) {
-      const __m256i row_start = broadcast_pair(row_starts + r);
-      sums[r][0] = _mm256_add_epi16(sums[r][0], _mm256_add_epi16(row_start, starts0));
-      sums[r][1] = _mm256_add_epi16(sums[r][1], _mm256_add_epi16(row_start, starts1));
+      for (int r = 0; r < kRows; ++r) {
+        const __m256i row_start = broadcast_pair(row_starts + r);
+        sums[r][0] = _mm256_add_epi16(sums[r][0], _mm256_add_epi16(row_start, starts0));
+        sums[r][1] = _mm256_add_epi16(sums[r][1], _mm256_add_epi16(row_start, starts1));
+      }
     }
     for (const int64_t end = rows.ends[stage]; k < end; k += 2, tile += 2 * kTileOperands) {
       __m256i operands0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile));
@@ -156,9 +164,8 @@ static inline void scan_some_stages(const StagedRows& rows, int64_t first, const
 void scan_stages(const uint8_t* rows, int64_t stride, int64_t count, const void* row_starts, const int8_t* tiles, const void* starts,
                  int64_t num_tiles, int64_t words, const int32_t* floors, uint64_t* survivors, int64_t mask_stride) {
   const int16_t* operand_starts = static_cast<const int16_t*>(starts);
-  int16_t rooms[kTileOperands];
-  for (int64_t r = 0; r < count; ++r) rooms[r] = static_cast<int16_t>(-floors[r]);
-  StagedRows staged = {rows, stride, static_cast<const int16_t*>(row_starts), rooms, {}, num_stages(4 * words)};
+  StagedRows staged = {rows, stride, static_cast<const int16_t*>(row_starts), {}, {}, num_stages(4 * words)};
+  for (int64_t r = 0; r < count; ++r) staged.begins[r] = static_cast<int16_t>(staged.starts[r] - floors[r]);
   for (int64_t stage = 0; stage < staged.num_stages; ++stage) staged.ends[stage] = stage_end(stage, 4 * words);
   const int64_t fours = (5 - count % 5) % 5;
   for (int64_t t = 0; t < num_tiles; ++t, tiles += 4 * words * kTileOperands, operand_starts += staged.num_stages * kTileOperands, ++survivors) {

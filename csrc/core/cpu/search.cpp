@@ -76,15 +76,20 @@ void BlockSearch::evaluate(int64_t q, int64_t place) {
   heaps_[q].offer({canonical(q, row), row});
 }
 
-// Keys of memory_.left[0 .. count) for query q into memory_.keys: the squared distance of the second codes above the place.
-void BlockSearch::look_up(int64_t q, int64_t count) {
+// Keys of those of memory_.left[0 .. count) whose second codes have a squared distance to query q's below a limit, into memory_.keys: that distance
+// above the place. Returns their number.
+int64_t BlockSearch::look_up(int64_t q, int64_t count, int32_t limit) {
   const RowFilter& second = bank_.second;
   level().dots(memory_.second_codes + q * 4 * second.words, second.codes, 4 * second.words, memory_.left, count, second.words,
                second.view.coarse_words(), 2 * second.view.coarse_bits, memory_.dots);
+  const int32_t norm = second_[q].squared_norm;
+  int64_t left = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const int32_t place = memory_.left[i], apart = second_[q].squared_norm + second.offsets[place] - 2 * memory_.dots[i];
-    memory_.keys[i] = static_cast<int64_t>(apart) << 32 | place;
+    const int32_t place = memory_.left[i], apart = norm + second.offsets[place] - 2 * memory_.dots[i];
+    memory_.keys[left] = static_cast<int64_t>(apart) << 32 | place;
+    left += apart < limit ? 1 : 0;
   }
+  return left;
 }
 
 // The places to start from for query q into memory_.left: those near the patch above and its neighbours, or a sample of the bank and then the tile
@@ -100,7 +105,7 @@ int64_t BlockSearch::gather_seeds(int64_t q, const int64_t* above, int64_t count
   }
   const int64_t step = (num_tiles(bank_) + kSampledTiles - 1) / kSampledTiles * kTileOperands;
   for (int64_t place = 0; place < bank_.count; place += step) memory_.left[seeds++] = static_cast<int32_t>(place);
-  look_up(q, seeds);
+  look_up(q, seeds, kNeverSkip);
   const int64_t best = *std::min_element(memory_.keys, memory_.keys + seeds) & INT32_MAX;
   const int64_t begin = best / kTileOperands * kTileOperands, end = std::min(bank_.count, begin + kTileOperands);
   seeds = 0;
@@ -110,10 +115,13 @@ int64_t BlockSearch::gather_seeds(int64_t q, const int64_t* above, int64_t count
 
 // Fills the heap of query q with the nearest seeds by the second codes, so that the scan begins with a bound.
 void BlockSearch::start_from_seeds(int64_t q, const int64_t* above, int64_t count) {
-  int64_t seeds = gather_seeds(q, above, count);
-  look_up(q, seeds);
-  if (seeds > k_) std::sort(memory_.keys, memory_.keys + seeds);
-  seeds = std::unique(memory_.keys, memory_.keys + seeds) - memory_.keys;
+  int64_t seeds = look_up(q, gather_seeds(q, above, count), kNeverSkip);
+  if (k_ == 1) {
+    memory_.keys[0] = *std::min_element(memory_.keys, memory_.keys + seeds);
+  } else if (seeds > k_) {
+    std::sort(memory_.keys, memory_.keys + seeds);
+    seeds = std::unique(memory_.keys, memory_.keys + seeds) - memory_.keys;
+  }
   for (int64_t i = 0; i < std::min(seeds, k_); ++i) {
     const int64_t row = bank_.order[memory_.keys[i] & INT32_MAX];
     heaps_[q].offer({canonical(q, row), row});
@@ -198,25 +206,23 @@ void BlockSearch::rescue_by_second(int64_t q, int64_t count) {
   const RowFilter& filter = bank_.second;
   const auto skip_limit = [&] {
     const double reach = search_reach(bound(q), 0, second_[q].residual, filter.view.codes_per_unit, slack_);
-    return int8_skip_limit(reach, filter.largest_residual) * (int64_t{1} << 32);  // in terms of keys
+    return int8_skip_limit(reach, filter.largest_residual);
   };
-  look_up(q, count);
-  int64_t limit = skip_limit();
-  int64_t left = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t key = memory_.keys[i];
-    memory_.keys[left] = key;
-    left += key < limit;
+  const int64_t left = look_up(q, count, skip_limit());
+  if (k_ == 1 && left > 1) {
+    std::swap(memory_.keys[0], *std::min_element(memory_.keys, memory_.keys + left));
+  } else if (left > k_) {
+    std::nth_element(memory_.keys, memory_.keys + k_, memory_.keys + left);
   }
-  if (left > k_) std::nth_element(memory_.keys, memory_.keys + k_, memory_.keys + left);
   double known = bound(q);
+  int64_t limit = INT64_MAX;  // in terms of keys: of these, none is above it yet
   for (int64_t i = 0; i < left; ++i) {
     if (memory_.keys[i] >= limit) continue;
     if (i + 1 < left && memory_.keys[i + 1] < limit) prefetch(memory_.keys[i + 1] & INT32_MAX);
     evaluate(q, memory_.keys[i] & INT32_MAX);
     if (bound(q) < known) {
       known = bound(q);
-      limit = skip_limit();
+      limit = skip_limit() * (int64_t{1} << 32);
     }
   }
 }

@@ -47,7 +47,7 @@ class BlockSearch {
  private:
   int64_t gather_seeds(int64_t q, const int64_t* above, int64_t count);
   void start_from_seeds(int64_t q, const int64_t* above, int64_t count);
-  void look_up(int64_t q, int64_t count);
+  int64_t look_up(int64_t q, int64_t count, int32_t limit);
   void encode_scanned(int64_t count);
   void scan(const Chunks& chunks, int64_t count);
   void scan_in_stages(const TileFilter& filter, const Chunks& chunks, int64_t count, const int32_t* floors);
