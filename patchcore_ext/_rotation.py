@@ -61,7 +61,7 @@ _SHORT, _SHORT_REST = (63, 95, 127, 159, 191), 0.11
 _SHORT_ROWS, _FEW_ROWS_REST = 4096, 0.16  # fewer rows: such a share
 _LONG, _LONG_REST = (126, 190, 254, 382, 510), 0.066
 # All coordinates: up to so many dimensions anywhere, more where a look-up takes at most so long; up to so many rows, which lie in the caches for the most part.
-_WHOLE_DIMS, _WHOLE_NANOSECONDS, _WHOLE_ROWS = 384, 20.5, 2**16
+_WHOLE_DIMS, _WHOLE_NANOSECONDS, _WHOLE_ROWS = 384, 21, 2**16
 _CUDA_LENGTHS = (63, 191)  # csrc/core/cuda/kernels.h
 _PREPARED_ROWS = 256  # below, not worth the preparation
 _PREPARED_ROWS_CUDA = 1024

@@ -93,7 +93,18 @@ struct Packer {
     largest_coordinate = percentile(sample, count, kCodePercentile);
     // As int8_scale (filter.h): any scale is sound, and that of a usable magnitude keeps products in range.
     header->step_scale = magnitude >= 0x1p-150 && magnitude <= 0x1p130 ? largest_step(rows.dim) / magnitude : 1.0;
+    if (bank.second.view.from_steps) choose_step_bits(&bank.second.view);
     bank.projection.step_scale = header->step_scale;
+  }
+
+  // As int8_scale (filter.h), by a power of two: most rows fit the codes, or clip few coordinates by little, which blunts less than coarser steps do.
+  // Steps are made coarser, by less than two times, so that the codes are used up: their error is small beside that of the codes.
+  void choose_step_bits(View* view) {
+    const double largest = std::min(largest_coordinate * header->step_scale, largest_step(rows.dim));
+    double reach = kStepOverflow * kMaxCode;
+    for (; view->step_bits < kMostStepBits && 2 * reach <= largest; reach *= 2) ++view->step_bits;
+    if (largest > reach) header->step_scale *= reach / largest;
+    view->codes_per_unit = header->step_scale / static_cast<double>(1 << view->step_bits);
   }
 
   // A scale by which coordinates begin .. end of most rows fit the codes.
@@ -117,13 +128,6 @@ struct Packer {
       for (int64_t k = 0; k < view.coordinates(rows.dim); ++k) sample[index] += values[k] * values[k];
     });
     return std::sqrt(kMostRoom / std::max(percentile(sample, count, kNormPercentile), 1e-300));
-  }
-
-  // As int8_scale (filter.h), by a power of two: most rows fit the codes, or clip few coordinates by little, which blunts less than coarser steps do.
-  void choose_step_bits(View* view) const {
-    const double largest = std::min(largest_coordinate * header->step_scale, largest_step(rows.dim));
-    while (view->step_bits < kMostStepBits && largest > kStepOverflow * kMaxCode * static_cast<double>(1 << view->step_bits)) ++view->step_bits;
-    view->codes_per_unit = header->step_scale / static_cast<double>(1 << view->step_bits);
   }
 
   void choose_scale(View* view) {
@@ -217,11 +221,7 @@ struct Packer {
     choose_scale(&bank.full.view);
     if (bank.prefix.words > 0) {
       choose_scale(&bank.prefix.view);
-      if (bank.second.view.from_steps) {
-        choose_step_bits(&bank.second.view);
-      } else {
-        choose_scale(&bank.second.view);
-      }
+      if (!bank.second.view.from_steps) choose_scale(&bank.second.view);
     }
     for (int64_t i = 0; i < tiles_of(rows.count) * kTileOperands; ++i) bank.order[i] = i < rows.count ? order[i] : order[0];
     for (int64_t i = 0; bank.places != nullptr && i < rows.count; ++i) bank.places[order[i]] = static_cast<int32_t>(i);
