@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -131,14 +131,19 @@ def finite(op: str, argument: str, values: npt.NDArray[Any]) -> None:
         raise ValueError(f"{op}: expected {argument} to be finite, got NaN or infinity in {wrong} of {values.size} values.")
 
 
-@contextlib.contextmanager
-def native_errors(op: str | None = None) -> Iterator[None]:
+class native_errors:  # noqa: N801  (a context manager, called like a function; contextlib's would cost a short search a percent)
     """Turns the kernels' own complaints (a RuntimeError with our mark) into ValueError with the sentence alone, in the name of ``op`` if given."""
-    try:
-        yield
-    except RuntimeError as error:
+
+    def __init__(self, op: str | None = None) -> None:
+        self.op = op
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if not isinstance(error, RuntimeError):
+            return
         _, mark, sentence = str(error).partition(_ERROR_MARK)
-        if not mark:
-            raise
-        line = sentence.split("\n", 1)[0]
-        raise ValueError(line if op is None else f"{op}:{line.partition(':')[2]}") from None
+        if mark:
+            line = sentence.split("\n", 1)[0]
+            raise ValueError(line if self.op is None else f"{self.op}:{line.partition(':')[2]}") from None

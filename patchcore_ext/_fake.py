@@ -97,6 +97,11 @@ def _image_scores(
     return queries.new_empty((squared_distances.shape[0],), dtype=torch.float32)
 
 
+def _score_patches(queries: Tensor, bank: Tensor, num_patches: int, num_neighbors: int, prepared: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (queries.shape[0] // num_patches, num_patches)
+    return queries.new_empty(shape[:1], dtype=torch.float32), queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
+
+
 _FAKES = (
     _first_nonfinite_row,
     _square_root,
@@ -109,6 +114,7 @@ _FAKES = (
     _prepare_bank,
     _nearest_neighbors,
     _image_scores,
+    _score_patches,
 )
 for _fake in _FAKES:
     torch.library.register_fake(f"patchcore_ext::{_fake.__name__[1:]}", _fake)
@@ -121,5 +127,5 @@ def _refuse_gradient(op: str) -> None:
     torch.library.register_autograd(f"patchcore_ext::{op}", backward)
 
 
-for _op in ("square_root", "random_projection", "nearest_neighbors", "image_scores"):
+for _op in ("square_root", "random_projection", "nearest_neighbors", "image_scores", "score_patches"):
     _refuse_gradient(_op)

@@ -28,6 +28,7 @@ __all__ = [
     "nearest_neighbors",
     "prepare_bank",
     "random_projection",
+    "score_patches",
     "square_root",
     "update_min_distances",
 ]
@@ -326,12 +327,17 @@ def nearest_neighbors(queries: ArrayLike, bank: ArrayLike, k: int, prepared: Seq
     _checks.same_dim(op, "queries", asked, "bank", known)
     _checks.integer(op, "k", k, 1, known.shape[0], " (the rows of the bank)")
     with _checks.native_errors(op):
-        codes = _codes_of(op, prepared)
-        # Not while exporting: a program for any number of queries must not ask for it.
-        if codes is None and _pays_at_once(known) and not torch.compiler.is_exporting() and asked.shape[0] >= _MANY_QUERIES:
-            codes = _ops.prepare_bank(known.detach(), *_rotation.center_alone(known.detach()))
-        squared_distances, indices = _ops.nearest_neighbors(asked, known, k, codes)
+        squared_distances, indices = _ops.nearest_neighbors(asked, known, k, _codes_for(op, asked, known, prepared))
     return squared_distances, indices
+
+
+def _codes_for(op: str, queries: Tensor, bank: Tensor, prepared: Sequence[Tensor]) -> Tensor | None:
+    """Those of ``prepared``, or for this search alone where that pays."""
+    codes = _codes_of(op, prepared)
+    # Not while exporting: a program for any number of queries must not ask for it.
+    if codes is None and _pays_at_once(bank) and not torch.compiler.is_exporting() and queries.shape[0] >= _MANY_QUERIES:
+        codes = _ops.prepare_bank(bank.detach(), *_rotation.center_alone(bank.detach()))
+    return codes
 
 
 def _codes_of(op: str, prepared: Sequence[Tensor]) -> Tensor | None:
@@ -391,3 +397,48 @@ def image_scores(
     with _checks.native_errors():
         result: Tensor = _ops.image_scores(squared_distances.contiguous(), nearest_indices.contiguous(), asked, known, num_neighbors, _codes_of(op, prepared))
     return result
+
+
+def score_patches(
+    queries: ArrayLike, bank: ArrayLike, num_patches: int, num_neighbors: int = 9, prepared: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Image scores, patch distances and nearest rows in one call: what ``PatchScorer`` gives.
+
+    Args:
+        queries: ``[B * P, D]`` float32, float16 or bfloat16, the patches of all images.
+        bank: ``[M, D]``, M >= 1.
+        num_patches: P of an image, at least 1.
+        num_neighbors: b of Eq. (7), as for :func:`image_scores`.
+        prepared: What :func:`prepare_bank` gave for this bank, as for :func:`nearest_neighbors`; the result is the same.
+
+    Returns:
+        ``image_scores`` float32 ``[B]``, ``patch_distances`` float32 ``[B, P]`` and ``nearest_indices`` int64 ``[B, P]``.
+
+    Raises:
+        ValueError: Shapes do not fit, or a row is not finite (names the first).
+
+    Cost: that of :func:`nearest_neighbors` with k = 1, and one more search an image.
+
+    Equivalent to:
+        :func:`nearest_neighbors` with k = 1, :func:`square_root` of what it finds as float32, and :func:`image_scores`. On CUDA, and in what torch.export
+        makes, these three are called.
+    """
+    op = "score_patches"
+    asked = _checks.features(op, "queries", queries)
+    known = _checks.features(op, "bank", bank)
+    _checks.same_dim(op, "queries", asked, "bank", known)
+    _checks.integer(op, "num_patches", num_patches, 1)
+    _checks.integer(op, "num_neighbors", num_neighbors, 1)
+    return score_checked(op, asked, known, num_patches, num_neighbors, prepared)
+
+
+def score_checked(
+    op: str, queries: Tensor, bank: Tensor, num_patches: int, num_neighbors: int, prepared: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`score_patches` of arguments that ``op`` has checked."""
+    if queries.is_cuda or bank.is_cuda or torch.compiler.is_exporting():
+        squared, nearest = (found.view(-1, num_patches) for found in nearest_neighbors(queries, bank, 1, prepared))
+        return image_scores(squared, nearest, queries, bank, num_neighbors, prepared), square_root(squared).float(), nearest
+    with _checks.native_errors(op):
+        scores, distances, nearest = _ops.score_patches.default(queries, bank, num_patches, num_neighbors, _codes_for(op, queries, bank, prepared))
+    return scores, distances, nearest

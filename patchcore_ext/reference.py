@@ -161,3 +161,9 @@ def image_scores(squared_distances: Tensor, nearest_indices: Tensor, queries: Te
             total = total + weight
         scores.append((1.0 - weights[0] / total) * largest)  # Eq. (7)
     return torch.stack(scores).float() if scores else squared_distances.new_empty(0, dtype=torch.float32)
+
+
+def score_patches(queries: Tensor, bank: Tensor, num_patches: int, num_neighbors: int = 9) -> tuple[Tensor, Tensor, Tensor]:
+    """Image scores float32 ``[B]``, patch distances float32 ``[B, P]`` and nearest bank rows int64 ``[B, P]`` of patches ``[B * P, D]``, P = num_patches."""
+    squared, nearest = (found.view(-1, num_patches) for found in nearest_neighbors(queries, bank, 1))
+    return image_scores(squared, nearest, queries, bank, num_neighbors), square_root(squared).float(), nearest

@@ -137,15 +137,14 @@ class PatchScorer(torch.nn.Module):
         if num_patches == 0:
             raise ValueError(f"{op}: expected patches to have at least one patch an image, got {_checks.describe(patches)}.")
         queries = features.flatten(0, 1)  # [B * P, D]
+        if self.score in ("paper", "max"):
+            num_neighbors = self.num_neighbors if self.score == "paper" else 1
+            return PatchScores(*ops.score_checked(op, queries, self.bank, num_patches, num_neighbors, self._copies()))
         squared, nearest = ops.nearest_neighbors(queries, self.bank, 1, self._copies())
         squared, nearest = squared.view(batch, num_patches), nearest.view(batch, num_patches)
         if self.score == "amazon":
             return PatchScores(squared.amax(1).float(), squared.float(), nearest)
-        distances = ops.square_root(squared).float()
-        if self.score == "anomalib":
-            return PatchScores(self._anomalib_scores(squared, nearest, features), distances, nearest)
-        num_neighbors = self.num_neighbors if self.score == "paper" else 1
-        return PatchScores(ops.image_scores(squared, nearest, queries, self.bank, num_neighbors, self._copies()), distances, nearest)
+        return PatchScores(self._anomalib_scores(squared, nearest, features), ops.square_root(squared).float(), nearest)
 
     def nearest(self, queries: ArrayLike, k: int) -> tuple[Tensor, Tensor]:
         """The k nearest bank rows of each query.

@@ -40,6 +40,7 @@ def test_ops_equal_the_reference_bit_for_bit(kind: str, dim: int, dtype: torch.d
     for num_neighbors in (1, 2, 9, 100):
         scores = ops.image_scores(squared.to(device), rows.to(device), asked, known, num_neighbors)
         assert_same([scores], [reference.image_scores(squared, rows, queries, bank, num_neighbors)])
+        assert_same(ops.score_patches(asked, known, 4, num_neighbors), reference.score_patches(queries, bank, 4, num_neighbors))
 
     state = state_of(known)
     picks = ops.greedy_coreset(known, state, 50)
@@ -186,6 +187,7 @@ SAMPLES = {
         make_features("random", 7, 5),
         3,
     ),
+    "score_patches": lambda: (make_features("random", 6, 5), make_features("random", 7, 5), 2, 3),
 }
 
 
@@ -194,7 +196,7 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.patchcore_ext, name).default, SAMPLES[name]())
 
 
-@pytest.mark.parametrize("name", ["square_root", "random_projection", "nearest_neighbors", "image_scores"])
+@pytest.mark.parametrize("name", ["square_root", "random_projection", "nearest_neighbors", "image_scores", "score_patches"])
 def test_export_traces_the_op(name: str) -> None:
     arguments = SAMPLES[name]()
     tensors = tuple(value for value in arguments if isinstance(value, Tensor))
@@ -223,7 +225,7 @@ def test_compile_fullgraph_gives_the_same_bits() -> None:
     assert torch.equal(compiled(queries), score(queries))
 
 
-@pytest.mark.parametrize("name", ["square_root", "random_projection", "nearest_neighbors", "image_scores"])
+@pytest.mark.parametrize("name", ["square_root", "random_projection", "nearest_neighbors", "image_scores", "score_patches"])
 def test_backward_is_refused_with_a_clear_error(name: str) -> None:
     arguments = [value.requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value for value in SAMPLES[name]()]
     result = getattr(ops, name)(*arguments)
@@ -286,6 +288,14 @@ def test_wrong_arguments_are_named() -> None:
         ops.image_scores(squared, rows, bank, bank)
     with pytest.raises(ValueError, match="queries to have 5 rows, got 4"):
         ops.image_scores(squared, rows * 0, bank[:4], bank)
+    with pytest.raises(ValueError, match="^score_patches: expected queries to have a multiple of 2 >= 1 rows, got 5"):
+        ops.score_patches(bank, bank, 2)
+    with pytest.raises(ValueError, match="^score_patches: expected num_patches to be at least 1, got 0"):
+        ops.score_patches(bank, bank, 0)
+    with pytest.raises(ValueError, match=r"^score_patches: expected queries to have the dimension of bank \(4\), got 3"):
+        ops.score_patches(bank[:, :3], bank, 1)
+    with pytest.raises(ValueError, match="^score_patches: expected queries to be finite, got NaN or infinity in row 1 "):
+        ops.score_patches(torch.tensor([[0.0], [math.inf]]), torch.zeros(3, 1), 2)
 
 
 def test_the_registered_ops_check_too() -> None:
@@ -294,6 +304,11 @@ def test_the_registered_ops_check_too() -> None:
         torch.ops.patchcore_ext.nearest_neighbors(bank, bank, 9)
     with pytest.raises(RuntimeError, match="expected queries to be float32, float16 or bfloat16"):
         torch.ops.patchcore_ext.nearest_neighbors(bank.double(), bank, 1)
+    for wrong, sentence in (((0, 1), "a multiple of 0 >= 1 rows, got 5"), ((5, 0), "expected num_neighbors to be at least 1, got 0")):
+        with pytest.raises(RuntimeError, match=f"patchcore_ext: score_patches: .*{sentence}"):
+            torch.ops.patchcore_ext.score_patches(bank, bank, *wrong)
+    with pytest.raises(RuntimeError, match="score_patches: expected k to lie in|score_patches: expected bank to have at least one row"):
+        torch.ops.patchcore_ext.score_patches(bank, bank[:0], 5, 1)
 
 
 def test_square_root_is_correctly_rounded() -> None:
@@ -312,4 +327,5 @@ def test_empty_queries() -> None:
     bank = make_features("random", 5, 4)
     squared, rows = ops.nearest_neighbors(bank[:0], bank, 2)
     assert squared.shape == rows.shape == (0, 2)
+    assert [value.shape for value in ops.score_patches(bank[:0], bank, 3)] == [(0,), (0, 3), (0, 3)]
     assert ops.image_scores(torch.zeros(0, 3, dtype=torch.float64), torch.zeros(0, 3, dtype=torch.int64), bank[:0], bank).shape == (0,)

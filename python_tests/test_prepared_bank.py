@@ -150,6 +150,8 @@ def test_other_codes_are_refused() -> None:
             ops.nearest_neighbors(bank, bank, 1, other)
         with pytest.raises(ValueError, match="^image_scores: expected prepared to come from prepare_bank of the same bank"):
             ops.image_scores(squared, indices, bank[:1], bank, 1, other)
+        with pytest.raises(ValueError, match="^score_patches: expected prepared to come from prepare_bank of the same bank"):
+            ops.score_patches(bank, bank, 300, 1, other)
     with pytest.raises(ValueError, match="expected prepared to be a contiguous uint8 CPU tensor"):
         ops.nearest_neighbors(bank, bank, 1, [codes[0].float()])
     with pytest.raises(ValueError, match="expected prepared to be what prepare_bank gave, got 2 tensors"):

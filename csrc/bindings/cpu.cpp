@@ -310,6 +310,33 @@ Prepared prepared_of(const std::optional<Tensor>& prepared, const Rows& bank, co
   return {usable, memory};
 }
 
+// The k nearest rows, by the prepared bank `codes` or, where that is null, by all distances.
+void find_neighbors(const Rows& queries, const Rows& bank, const void* codes, int64_t k, const char* op, double* squared_distances,
+                    int64_t* indices) {
+  const Parallel parallel = torch_threads(queries.count * bank.count * bank.dim);
+  Status status = Status::kOk;
+  if (codes != nullptr) {
+    const Workspace memory(filtered_neighbors_workspace_bytes(queries, bank, codes, k, parallel));
+    status = filtered_neighbors_cpu(queries, bank, codes, k, {}, parallel, memory.get(), squared_distances, indices, nullptr);
+  } else {
+    const Workspace memory(nearest_neighbors_workspace_bytes(queries, bank, k, parallel));
+    status = nearest_neighbors_cpu(queries, bank, k, parallel, memory.get(), squared_distances, indices);
+  }
+  if (status != Status::kOk) explain_nonfinite(op, {{"queries", &queries}, {"bank", &bank}});
+}
+
+// Eq. (7) of each image [batch], from the nearest row of each of its patches.
+Tensor weigh_images(const double* squared_distances, const int64_t* nearest, const Rows& queries, const Rows& bank, const void* codes, int64_t batch,
+                    int64_t num_neighbors, const char* op) {
+  const Parallel parallel = torch_threads(batch * bank.count * bank.dim);
+  const Workspace memory(image_scores_workspace_bytes(queries, bank, codes, num_neighbors, parallel));
+  Tensor scores = empty({batch}, ScalarType::Float);
+  const Status status = image_scores_cpu(squared_distances, nearest, queries, bank, codes, batch, batch == 0 ? 0 : queries.count / batch,
+                                         num_neighbors, parallel, memory.get(), static_cast<float*>(scores.mutable_data_ptr()));
+  if (status != Status::kOk) explain_nonfinite(op, {{"queries", &queries}, {"bank", &bank}});
+  return scores;
+}
+
 std::tuple<Tensor, Tensor> nearest_neighbors(const Tensor& queries, const Tensor& bank, int64_t k, std::optional<Tensor> prepared) {
   const char* op = "nearest_neighbors";
   const Feature asked = features_of(queries, op, "queries");
@@ -317,21 +344,10 @@ std::tuple<Tensor, Tensor> nearest_neighbors(const Tensor& queries, const Tensor
   check_same_dim(asked.rows, "queries", known.rows, "bank", op);
   check_k(k, known.rows, op);
   const Prepared copies = prepared_of(prepared, known.rows, op);
-  const void* codes = copies.memory;
-  const Parallel parallel = torch_threads(asked.rows.count * known.rows.count * known.rows.dim);
   Tensor squared_distances = empty({asked.rows.count, k}, ScalarType::Double);
   Tensor indices = empty({asked.rows.count, k}, ScalarType::Long);
-  double* values = static_cast<double*>(squared_distances.mutable_data_ptr());
-  int64_t* rows = static_cast<int64_t*>(indices.mutable_data_ptr());
-  Status status = Status::kOk;
-  if (codes != nullptr) {
-    const Workspace memory(filtered_neighbors_workspace_bytes(asked.rows, known.rows, codes, k, parallel));
-    status = filtered_neighbors_cpu(asked.rows, known.rows, codes, k, {}, parallel, memory.get(), values, rows, nullptr);
-  } else {
-    const Workspace memory(nearest_neighbors_workspace_bytes(asked.rows, known.rows, k, parallel));
-    status = nearest_neighbors_cpu(asked.rows, known.rows, k, parallel, memory.get(), values, rows);
-  }
-  if (status != Status::kOk) explain_nonfinite(op, {{"queries", &asked.rows}, {"bank", &known.rows}});
+  find_neighbors(asked.rows, known.rows, copies.memory, k, op, static_cast<double*>(squared_distances.mutable_data_ptr()),
+                 static_cast<int64_t*>(indices.mutable_data_ptr()));
   return {squared_distances, indices};
 }
 
@@ -350,14 +366,35 @@ Tensor image_scores(const Tensor& squared_distances, const Tensor& nearest_indic
     }
   }
   const Prepared copies = prepared_of(prepared, known.rows, op);
-  const void* codes = copies.memory;
-  const Parallel parallel = torch_threads(batch * known.rows.count * known.rows.dim);
-  const Workspace memory(image_scores_workspace_bytes(asked.rows, known.rows, codes, num_neighbors, parallel));
-  Tensor scores = empty({batch}, ScalarType::Float);
-  const Status status = image_scores_cpu(static_cast<const double*>(squared_distances.const_data_ptr()), nearest, asked.rows, known.rows, codes,
-                                         batch, num_patches, num_neighbors, parallel, memory.get(), static_cast<float*>(scores.mutable_data_ptr()));
-  if (status != Status::kOk) explain_nonfinite(op, {{"queries", &asked.rows}, {"bank", &known.rows}});
-  return scores;
+  return weigh_images(static_cast<const double*>(squared_distances.const_data_ptr()), nearest, asked.rows, known.rows, copies.memory, batch,
+                      num_neighbors, op);
+}
+
+// nearest_neighbors with k = 1, square_root, rounding to float32 and image_scores in one call: behind a network, which leaves the caches to none of
+// them, every call into Python costs as much as a few percent of a short search.
+std::tuple<Tensor, Tensor, Tensor> score_patches(const Tensor& queries, const Tensor& bank, int64_t num_patches, int64_t num_neighbors,
+                                                 std::optional<Tensor> prepared) {
+  const char* op = "score_patches";
+  const Feature asked = features_of(queries, op, "queries");
+  const Feature known = features_of(bank, op, "bank");
+  check_same_dim(asked.rows, "queries", known.rows, "bank", op);
+  check_k(1, known.rows, op);
+  const int64_t count = asked.rows.count;
+  if (num_patches < 1 || count % num_patches != 0) fail(op, ": expected queries to have a multiple of ", num_patches, " >= 1 rows, got ", count, ".");
+  const int64_t batch = count / num_patches;
+  check_scored(asked.rows, known.rows, count, num_neighbors, op);
+  const Prepared copies = prepared_of(prepared, known.rows, op);
+  Tensor squared_distances = empty({count}, ScalarType::Double);
+  Tensor nearest = empty({batch, num_patches}, ScalarType::Long);
+  Tensor distances = empty({batch, num_patches}, ScalarType::Float);
+  double* values = static_cast<double*>(squared_distances.mutable_data_ptr());
+  int64_t* rows = static_cast<int64_t*>(nearest.mutable_data_ptr());
+  find_neighbors(asked.rows, known.rows, copies.memory, 1, op, values, rows);
+  Tensor scores = weigh_images(values, rows, asked.rows, known.rows, copies.memory, batch, num_neighbors, op);
+  square_root_cpu(values, count, torch_threads(count), values);
+  float* out = static_cast<float*>(distances.mutable_data_ptr());
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(values[i]);
+  return {scores, distances, nearest};
 }
 
 }  // namespace patchcore::bindings
@@ -374,4 +411,5 @@ STABLE_TORCH_LIBRARY_IMPL(patchcore_ext, CPU, library) {
   library.impl("prepare_bank", TORCH_BOX(&patchcore::bindings::prepare_bank));
   library.impl("nearest_neighbors", TORCH_BOX(&patchcore::bindings::nearest_neighbors));
   library.impl("image_scores", TORCH_BOX(&patchcore::bindings::image_scores));
+  library.impl("score_patches", TORCH_BOX(&patchcore::bindings::score_patches));
 }

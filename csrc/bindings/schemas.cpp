@@ -18,4 +18,7 @@ STABLE_TORCH_LIBRARY(patchcore_ext, library) {
   library.def(
       "image_scores(Tensor squared_distances, Tensor nearest_indices, Tensor queries, Tensor bank, int num_neighbors, Tensor? prepared=None) -> "
       "Tensor");
+  library.def(
+      "score_patches(Tensor queries, Tensor bank, int num_patches, int num_neighbors, Tensor? prepared=None) -> "
+      "(Tensor image_scores, Tensor patch_distances, Tensor nearest_indices)");
 }
