@@ -199,15 +199,20 @@ def anomaly_maps(patch_distances: Tensor, grid: tuple[int, int], size: tuple[int
         )
     _checks.choice("anomaly_maps", "style", style, MAP_STYLES)
     device = patch_distances.device
-    with torch.autocast(device.type, enabled=False):
-        maps = patch_distances.detach().float().reshape(-1, *grid)  # [B, rows, columns]
-        vertical = _axis_operator(grid[0], size[0], sigma, style == "anomalib").to(device)
-        horizontal = _axis_operator(grid[1], size[1], sigma, style == "anomalib").to(device)
-        return torch.matmul(torch.matmul(vertical, maps), horizontal.T)  # [B, H, W]
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            return anomaly_maps(patch_distances, grid, size, sigma, style)
+    vertical = _axis_operator(grid[0], size[0], sigma, style == "anomalib", device)
+    horizontal = _axis_operator(grid[1], size[1], sigma, style == "anomalib", device)
+    wide = torch.mm(patch_distances.detach().float().reshape(-1, grid[1]), horizontal.T)  # [B * rows, W]
+    if not torch.compiler.is_compiling() and patch_distances.shape[0] == 1:  # what is made for any number of images must not ask for it
+        return torch.mm(vertical, wide)[None]  # a third sooner
+    wide = wide.view(-1, grid[0], size[1])  # [B, rows, W]
+    return torch.bmm(vertical.expand(wide.shape[0], -1, -1), wide)  # [B, H, W]
 
 
 @functools.lru_cache(maxsize=32)
-def _axis_operator(count: int, size: int, sigma: float, like_anomalib: bool) -> Tensor:
+def _axis_operator(count: int, size: int, sigma: float, like_anomalib: bool, device: torch.device) -> Tensor:
     """Interpolation and smoothing along one axis as one matrix ``[size, count]``: both are linear and separable, so a map is two small matrix products."""
     cells = torch.eye(count, dtype=torch.float64, device="cpu")[:, None]  # [count, 1, count]
     if like_anomalib:
@@ -219,7 +224,7 @@ def _axis_operator(count: int, size: int, sigma: float, like_anomalib: bool) -> 
         offsets = torch.arange(-radius, radius + 1, dtype=torch.float64, device="cpu")
         kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
         columns = torch.nn.functional.conv1d(columns[..., _mirrored(size, radius, like_anomalib)], (kernel / kernel.sum())[None, None])  # [count, 1, size]
-    return columns[:, 0].T.float().contiguous()
+    return columns[:, 0].T.float().contiguous().to(device)
 
 
 def _mirrored(size: int, radius: int, without_edge: bool) -> Tensor:
