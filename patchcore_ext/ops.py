@@ -432,9 +432,7 @@ def score_patches(
     return score_checked(op, asked, known, num_patches, num_neighbors, prepared)
 
 
-def score_checked(
-    op: str, queries: Tensor, bank: Tensor, num_patches: int, num_neighbors: int, prepared: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def score_checked(op: str, queries: Tensor, bank: Tensor, num_patches: int, num_neighbors: int, prepared: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`score_patches` of arguments that ``op`` has checked."""
     if queries.is_cuda or bank.is_cuda or torch.compiler.is_exporting():
         squared, nearest = (found.view(-1, num_patches) for found in nearest_neighbors(queries, bank, 1, prepared))
