@@ -130,21 +130,19 @@ class PatchScorer(torch.nn.Module):
         op = "PatchScorer"
         ndim = 2 if getattr(patches, "ndim", 3) == 2 else 3
         features = _checks.features(op, "patches", patches, ndim=ndim).detach()
-        if ndim == 2:
-            features = features[None]  # [1, P, D]
         _checks.same_dim(op, "patches", features, "bank", self.bank)
-        batch, num_patches, _ = features.shape
+        num_patches = features.shape[-2]
         if num_patches == 0:
             raise ValueError(f"{op}: expected patches to have at least one patch an image, got {_checks.describe(patches)}.")
-        queries = features.flatten(0, 1)  # [B * P, D]
+        queries = features if ndim == 2 else features.flatten(0, 1)  # [B * P, D]
         if self.score in ("paper", "max"):
             num_neighbors = self.num_neighbors if self.score == "paper" else 1
             return PatchScores(*ops.score_checked(op, queries, self.bank, num_patches, num_neighbors, self._copies()))
         squared, nearest = ops.nearest_neighbors(queries, self.bank, 1, self._copies())
-        squared, nearest = squared.view(batch, num_patches), nearest.view(batch, num_patches)
+        squared, nearest = squared.view(-1, num_patches), nearest.view(-1, num_patches)
         if self.score == "amazon":
             return PatchScores(squared.amax(1).float(), squared.float(), nearest)
-        return PatchScores(self._anomalib_scores(squared, nearest, features), ops.square_root(squared).float(), nearest)
+        return PatchScores(self._anomalib_scores(squared, nearest, queries.view(*nearest.shape, queries.shape[1])), ops.square_root(squared).float(), nearest)
 
     def nearest(self, queries: ArrayLike, k: int) -> tuple[Tensor, Tensor]:
         """The k nearest bank rows of each query.
@@ -202,18 +200,23 @@ def anomaly_maps(patch_distances: Tensor, grid: tuple[int, int], size: tuple[int
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
             return anomaly_maps(patch_distances, grid, size, sigma, style)
-    vertical = _axis_operator(grid[0], size[0], sigma, style == "anomalib", device)
-    horizontal = _axis_operator(grid[1], size[1], sigma, style == "anomalib", device)
-    wide = torch.mm(patch_distances.detach().float().reshape(-1, grid[1]), horizontal.T)  # [B * rows, W]
+    vertical, horizontal = _axis_operators(tuple(grid), tuple(size), sigma, style == "anomalib", device)
+    wide = torch.mm(patch_distances.detach().float().reshape(-1, grid[1]), horizontal)  # [B * rows, W]
     if not torch.compiler.is_compiling() and patch_distances.shape[0] == 1:  # what is made for any number of images must not ask for it
-        return torch.mm(vertical, wide)[None]  # a third sooner
+        return torch.mm(vertical, wide).unsqueeze(0)  # a third sooner
     wide = wide.view(-1, grid[0], size[1])  # [B, rows, W]
     return torch.bmm(vertical.expand(wide.shape[0], -1, -1), wide)  # [B, H, W]
 
 
 @functools.lru_cache(maxsize=32)
-def _axis_operator(count: int, size: int, sigma: float, like_anomalib: bool, device: torch.device) -> Tensor:
-    """Interpolation and smoothing along one axis as one matrix ``[size, count]``: both are linear and separable, so a map is two small matrix products."""
+def _axis_operators(grid: tuple[int, int], size: tuple[int, int], sigma: float, like_anomalib: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Interpolation and smoothing as two matrices ``[H, rows]`` and ``[columns, W]``: both are linear and separable, so a map is two small products."""
+    vertical, horizontal = (_axis_operator(count, pixels, sigma, like_anomalib).to(device) for count, pixels in zip(grid, size, strict=True))
+    return vertical, horizontal.T
+
+
+def _axis_operator(count: int, size: int, sigma: float, like_anomalib: bool) -> Tensor:
+    """Along one axis, ``[size, count]``."""
     cells = torch.eye(count, dtype=torch.float64, device="cpu")[:, None]  # [count, 1, count]
     if like_anomalib:
         columns = torch.nn.functional.interpolate(cells, size=size, mode="nearest")  # [count, 1, size]
@@ -224,7 +227,7 @@ def _axis_operator(count: int, size: int, sigma: float, like_anomalib: bool, dev
         offsets = torch.arange(-radius, radius + 1, dtype=torch.float64, device="cpu")
         kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
         columns = torch.nn.functional.conv1d(columns[..., _mirrored(size, radius, like_anomalib)], (kernel / kernel.sum())[None, None])  # [count, 1, size]
-    return columns[:, 0].T.float().contiguous().to(device)
+    return columns[:, 0].T.float().contiguous()
 
 
 def _mirrored(size: int, radius: int, without_edge: bool) -> Tensor:
