@@ -104,12 +104,15 @@ def _no_device() -> str | None:
     return "torch sees no CUDA device"
 
 
+_IS_SIMT = bool(_C.is_simt())  # asked once: torch.compile does not look into the extension
+
+
 def runs_cuda_kernels(device: torch.device) -> bool:
     """Whether tensors of ``device`` go to the CUDA kernels, whose int8 copies are laid out in their own way.
 
     On the CPU they do in the build for tests (tools/simt_package.py), where the CUDA sources run on it.
     """
-    return device.type == "cuda" or bool(_C.is_simt())
+    return device.type == "cuda" or _IS_SIMT
 
 
 def stage_codes() -> list[int]:

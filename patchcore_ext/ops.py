@@ -434,7 +434,7 @@ def score_patches(
 
 def score_checked(op: str, queries: Tensor, bank: Tensor, num_patches: int, num_neighbors: int, prepared: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`score_patches` of arguments that ``op`` has checked."""
-    if queries.is_cuda or bank.is_cuda or torch.compiler.is_exporting():
+    if _library.runs_cuda_kernels(queries.device) or _library.runs_cuda_kernels(bank.device) or torch.compiler.is_exporting():
         squared, nearest = (found.view(-1, num_patches) for found in nearest_neighbors(queries, bank, 1, prepared))
         return image_scores(squared, nearest, queries, bank, num_neighbors, prepared), square_root(squared).float(), nearest
     with _checks.native_errors(op):

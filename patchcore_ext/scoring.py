@@ -201,11 +201,8 @@ def anomaly_maps(patch_distances: Tensor, grid: tuple[int, int], size: tuple[int
         with torch.autocast(device.type, enabled=False):
             return anomaly_maps(patch_distances, grid, size, sigma, style)
     vertical, horizontal = _axis_operators(tuple(grid), tuple(size), sigma, style == "anomalib", device)
-    wide = torch.mm(patch_distances.detach().float().reshape(-1, grid[1]), horizontal)  # [B * rows, W]
-    if not torch.compiler.is_compiling() and patch_distances.shape[0] == 1:  # what is made for any number of images must not ask for it
-        return torch.mm(vertical, wide).unsqueeze(0)  # a third sooner
-    wide = wide.view(-1, grid[0], size[1])  # [B, rows, W]
-    return torch.bmm(vertical.expand(wide.shape[0], -1, -1), wide)  # [B, H, W]
+    maps = patch_distances.detach().float().reshape(-1, *grid)  # [B, rows, columns]
+    return torch.matmul(torch.matmul(vertical, maps), horizontal)  # [B, H, W]
 
 
 @functools.lru_cache(maxsize=32)
