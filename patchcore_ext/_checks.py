@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -131,19 +131,14 @@ def finite(op: str, argument: str, values: npt.NDArray[Any]) -> None:
         raise ValueError(f"{op}: expected {argument} to be finite, got NaN or infinity in {wrong} of {values.size} values.")
 
 
-class native_errors:  # noqa: N801  (a context manager, called like a function; contextlib's would cost a short search a percent)
+@contextlib.contextmanager
+def native_errors(op: str | None = None) -> Iterator[None]:
     """Turns the kernels' own complaints (a RuntimeError with our mark) into ValueError with the sentence alone, in the name of ``op`` if given."""
-
-    def __init__(self, op: str | None = None) -> None:
-        self.op = op
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if not isinstance(error, RuntimeError):
-            return
+    try:
+        yield
+    except RuntimeError as error:
         _, mark, sentence = str(error).partition(_ERROR_MARK)
-        if mark:
-            line = sentence.split("\n", 1)[0]
-            raise ValueError(line if self.op is None else f"{self.op}:{line.partition(':')[2]}") from None
+        if not mark:
+            raise
+        line = sentence.split("\n", 1)[0]
+        raise ValueError(line if op is None else f"{op}:{line.partition(':')[2]}") from None
