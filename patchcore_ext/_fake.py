@@ -70,7 +70,7 @@ def _prepare_bank(bank: Tensor, center: Tensor, matrix: Tensor, short_outputs: i
     rows, dim = bank.shape
     if _library.runs_cuda_kernels(bank.device):
         return bank.new_empty((_cuda_bank_bytes(rows, dim, matrix.shape[0] > 0),), dtype=torch.uint8)
-    outputs, tiles, stages = matrix.shape[0], (rows + 63) // 64, _library.stage_codes()
+    outputs, tiles, stages = matrix.shape[0], (rows + 63) // 64, _library.stage_codes(rows)
 
     def tile_filter(words: int, start_bytes: int = 256) -> list[int]:
         return [tiles * words * 256, tiles * start_bytes, tiles * 8]
@@ -78,9 +78,9 @@ def _prepare_bank(bank: Tensor, center: Tensor, matrix: Tensor, short_outputs: i
     pieces = [248, 8 * dim, 256 * tiles, *tile_filter((dim + 3) // 4)]
     if outputs > 0:
         words = (short_outputs + 4) // 4
-        start_bytes = 64 * _library.stage_bytes() * (1 + sum(end < 4 * words for end in stages))
+        start_bytes = 64 * _library.stage_bytes() * (1 + sum(end < 4 * words for end in stages)) if stages else 256
         pieces += [(outputs + 63) // 64 * 128 * ((dim + 1) // 2 * 2), *tile_filter(words, start_bytes), 4 * rows]
-        coarse = min(short_outputs, stages[0])
+        coarse = min([short_outputs, *stages[:1]])
         words = (dim + 3) // 4 if outputs == short_outputs else (coarse + 15) // 16 * 4 + (outputs - coarse + 4) // 4
         pieces += [64 * tiles * 4 * words, 256 * tiles, 256 * tiles]
     return bank.new_empty((sum((size + 63) // 64 * 64 for size in pieces),), dtype=torch.uint8)

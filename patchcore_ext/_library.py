@@ -115,9 +115,14 @@ def runs_cuda_kernels(device: torch.device) -> bool:
     return device.type == "cuda" or _IS_SIMT
 
 
-def stage_codes() -> list[int]:
-    """Codes of a prefix behind which the search asks whether any row is left (csrc/core/cpu/stages.h)."""
-    return list(_C.stage_codes())
+def stage_codes(rows: int) -> list[int]:
+    """Codes of a prefix behind which the search in so many rows asks whether any is left (csrc/core/cpu/stages.h); none where it scans them all at once."""
+    return list(_C.stage_codes(rows))
+
+
+def scan_step() -> int:
+    """Codes of a prefix that the search compares at once on this processor: a multiple is best."""
+    return int(_C.scan_step())
 
 
 def stage_bytes() -> int:

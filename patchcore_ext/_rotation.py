@@ -53,7 +53,8 @@ def center_and_prefix(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 # Lengths of the prefixes, of which the first is taken that leaves at most such a share of the variance; with the norm of the rest as one more coordinate, and
 # the short one's codes padded in the long one, they are whole cache lines of codes. Each output costs a query dim multiply-adds, which few rows do not earn
-# back. The scan ends early for most rows (csrc/core/cpu/stages.h), so the rest of a longer prefix costs little.
+# back. The scan ends early for most rows (csrc/core/cpu/stages.h), so the rest of a longer prefix costs little; where AMX compares all codes at once, the
+# lengths are those of whole tile registers.
 #
 # What the scan leaves is looked up by a long prefix, or by all coordinates, which need no projection and leave hardly a row, but are longer. Measured on
 # ResNet18 features, with AVX2 and AVX-512: maps side by side at D = 384 to 1536 and neighbourhoods pooled to 656 and 1024, banks of 1,568 to 156,800 rows.
@@ -102,7 +103,8 @@ def center_and_prefixes(bank: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
         return without
     most = 2 * dim // 3
     whole = bank.shape[0] <= _WHOLE_ROWS and (dim <= _WHOLE_DIMS or _library.look_up_nanoseconds(dim) <= _WHOLE_NANOSECONDS)
-    shorts = [length for length in _SHORT if length < most and (_fits(bank, length, length) if whole else _longs(bank, length, most))]
+    shorts = [length for length in _SHORT if (length + 1) % _library.scan_step() == 0 and length < most]
+    shorts = [length for length in shorts if (_fits(bank, length, length) if whole else _longs(bank, length, most))]
     if not on_cuda and not shorts:
         return without
     deviations = bank[:: max(1, bank.shape[0] // _SAMPLE_ROWS)][:_SAMPLE_ROWS].double() - center  # [S, D]
@@ -118,8 +120,8 @@ def center_and_prefixes(bank: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
         directions, rest = _principal_directions(deviations, min(_SHORT[-1] if whole else _LONG[2], most))
         if not whole and rest[-1] > _LONG_REST and most > _LONG[2]:
             directions, rest = _principal_directions(deviations, min(_LONG[-1], most))
-        stages = _library.stage_codes()
-        short = _shortest(shorts, _SHORT_REST if bank.shape[0] >= _SHORT_ROWS else _FEW_ROWS_REST, rest)
+        stages = _library.stage_codes(bank.shape[0])
+        short = _shortest(shorts, _short_rest(bank.shape[0], bool(stages)), rest)
         long = short if whole else _shortest(_longs(bank, short, most), _LONG_REST, rest)
         ends = [*(end for end in stages if end < short), short, *([] if whole else [long])]
         matrix = _integer_contraction([directions[:, begin:end] for begin, end in pairwise([0, *ends])])
@@ -130,6 +132,11 @@ def center_and_prefixes(bank: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
 def _longs(bank: Tensor, short: int, most: int) -> list[int]:
     """Lengths of a long prefix that a bank ``[M, D]`` may have beside a short one."""
     return [length for length in (min(length, most) for length in _LONG) if length > short and _fits(bank, short, length)]
+
+
+def _short_rest(rows: int, staged: bool) -> float:
+    """The share of the variance that the short prefix may leave: a larger one where its codes, all of them scanned, come from far away."""
+    return _FEW_ROWS_REST if rows < _SHORT_ROWS or (rows > _WHOLE_ROWS and not staged) else _SHORT_REST
 
 
 def _fits(bank: Tensor, short: int, long: int) -> bool:

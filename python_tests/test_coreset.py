@@ -78,7 +78,7 @@ print(CoresetSampler(num_samples=30, projection_dim=32, projection="gaussian", s
 
 def test_cpu_capabilities_change_nothing() -> None:
     found = set()
-    for torch_level, our_level in (("default", "scalar"), ("avx2", "avx2"), ("avx512", "avx512"), ("avx512", "scalar")):
+    for torch_level, our_level in (("default", "scalar"), ("avx2", "avx2"), ("avx512", "avx512"), ("avx512", "amx"), ("avx512", "scalar")):
         if our_level not in available_levels():
             continue
         environment = {**os.environ, "ATEN_CPU_CAPABILITY": torch_level, "PATCHCORE_EXT_CPU_LEVEL": our_level}

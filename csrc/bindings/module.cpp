@@ -26,8 +26,9 @@ pybind11::list available_cpu_levels() {
   return list;
 }
 
-pybind11::list stage_codes() {
+pybind11::list stage_codes(int64_t rows) {
   pybind11::list list;
+  if (rows < patchcore::level().fewest_staged_rows) return list;
   for (const int64_t end : patchcore::kStageCodes) list.append(end);
   return list;
 }
@@ -43,7 +44,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Native kernels of patchcore_ext; use them through patchcore_ext.ops.";
   module.def("version", [] { return PATCHCORE_EXT_VERSION; }, "Version of the sources this library was built from.");
   module.def("compiler", &compiler, "Compiler that built this library.");
-  module.def("cpu_level", [] { return patchcore::level().name; }, "Instruction-set level in use: scalar, avx2, avxvnni or avx512.");
+  module.def("cpu_level", [] { return patchcore::level().name; }, "Instruction-set level in use: scalar, avx2, avxvnni, avx512 or amx.");
 #if defined(PATCHCORE_SIMT)
   constexpr bool kIsSimt = true;
 #else
@@ -51,7 +52,9 @@ PYBIND11_MODULE(_C, module) {
 #endif
   module.def("is_simt", [] { return kIsSimt; }, "Whether this build is for tests: the CUDA kernels in place of the CPU's, run on the CPU.");
   module.def("look_up_nanoseconds", &look_up_nanoseconds, "About what the level in use takes to compare two rows' int8 codes.");
-  module.def("stage_codes", &stage_codes, "Codes of a prefix behind which the search asks whether any row is left.");
+  module.def("stage_codes", &stage_codes,
+             "Codes of a prefix behind which the search in so many rows asks whether any is left; none where it scans them all at once.");
+  module.def("scan_step", [] { return patchcore::level().scan_step; }, "Codes of a prefix that the search compares at once.");
   module.def("stage_bytes", [] { return patchcore::level().stage_bytes; }, "Bytes of a sum in such a scan.");
   module.def("available_cpu_levels", &available_cpu_levels, "Levels that this processor can run, slowest first.");
 }

@@ -244,7 +244,7 @@ TEST(no_discarded_pair_would_have_changed_a_minimum) {
           const double reach = update_reach(state.state[static_cast<size_t>(r)], 0, codes.residuals[r], codes.scale, canonical_slack(dim));
           const int32_t floor = int8_floor(codes.squared_norms[r], int8_skip_limit(reach, operands.tile_residuals[0]));
           uint64_t survivors;
-          level().scan_rows(codes.codes + r * 4 * codes.words, 0, 1, operands.tiles, operands.start, codes.words, &floor, &survivors);
+          level().scan_rows(codes.codes + r * 4 * codes.words, 0, 1, operands.tiles, operands.start, 1, codes.words, &floor, &survivors, 1);
           for (int64_t o = 0; o < 64; ++o) {
             ++pairs;
             if (survivors >> o & 1) continue;

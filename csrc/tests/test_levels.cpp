@@ -31,6 +31,63 @@ namespace twin {
 }  // namespace twin
 
 #pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+
+// The AMX level's source with the tile registers in memory, as strict as the processor is about their shapes.
+namespace tiles_in_memory {
+
+struct Tile {
+  int64_t rows, bytes;
+  uint8_t data[16][64];
+};
+Tile registers[8];
+bool configured = false;
+
+template <class Shapes>
+void configure(const Shapes* shapes) {
+  for (int i = 0; i < 8; ++i) registers[i] = {shapes->rows[i], shapes->row_bytes[i], {}};
+  configured = shapes->palette == 1;
+}
+
+void load(Tile* to, const void* from, int64_t stride) {
+  CHECK(configured && to->rows > 0 && to->rows <= 16 && to->bytes > 0 && to->bytes <= 64 && to->bytes % 4 == 0);
+  for (int64_t r = 0; r < to->rows; ++r) std::memcpy(to->data[r], static_cast<const char*>(from) + r * stride, static_cast<size_t>(to->bytes));
+}
+
+void store(const Tile& from, void* to, int64_t stride) {
+  for (int64_t r = 0; r < from.rows; ++r) std::memcpy(static_cast<char*>(to) + r * stride, from.data[r], static_cast<size_t>(from.bytes));
+}
+
+void add_dots(Tile* sums, const Tile& rows, const Tile& operands) {
+  CHECK(configured && rows.bytes == 4 * operands.rows && sums->rows == rows.rows && sums->bytes == operands.bytes);
+  for (int64_t r = 0; r < sums->rows; ++r) {
+    for (int64_t o = 0; o < sums->bytes / 4; ++o) {
+      int32_t sum;
+      std::memcpy(&sum, sums->data[r] + 4 * o, 4);
+      for (int64_t k = 0; k < rows.bytes; ++k) sum += rows.data[r][k] * static_cast<int8_t>(operands.data[k / 4][4 * o + k % 4]);
+      std::memcpy(sums->data[r] + 4 * o, &sum, 4);
+    }
+  }
+}
+
+#define PATCHCORE_TILE_CONFIGURE(shapes) configure(shapes)
+#define PATCHCORE_TILE_RELEASE() configured = false
+#define PATCHCORE_TILE_ZERO(t) std::memset(registers[t].data, 0, sizeof(registers[t].data))
+#define PATCHCORE_TILE_LOAD(t, from, stride) load(&registers[t], from, stride)
+#define PATCHCORE_TILE_STORE(t, to, stride) store(registers[t], to, stride)
+#define PATCHCORE_TILE_DOTS(sums, rows, operands) add_dots(&registers[sums], registers[rows], registers[operands])
+#include "cpu/amx_scan.inc"
+#undef PATCHCORE_TILE_CONFIGURE
+#undef PATCHCORE_TILE_RELEASE
+#undef PATCHCORE_TILE_ZERO
+#undef PATCHCORE_TILE_LOAD
+#undef PATCHCORE_TILE_STORE
+#undef PATCHCORE_TILE_DOTS
+
+}  // namespace tiles_in_memory
+
+#pragma GCC pop_options
 #endif
 
 namespace {
@@ -50,6 +107,10 @@ std::vector<Level> levels() {
     level.scan_stages = twin::scan_stages;
     level.scan_tile = twin::scan_tile;
     level.dots = twin::dots;
+    all.push_back(level);
+    level = *find_level("avx512");
+    level.name = "amx, by tiles in memory";
+    level.scan_rows = tiles_in_memory::scan_rows;
     all.push_back(level);
   }
 #endif
@@ -81,16 +142,17 @@ TEST(scans_and_dots_equal_the_scalar_level) {
   const Level& scalar = *find_level("scalar");
   for (const Level& level : levels()) {
     for (const int64_t words : {1, 2, 3, 8, 12, 15, 16, 17, 32, 33, 384, 1100}) {
-      for (const int64_t count : {1, 2, 3, 4, 7, 48}) {
+      for (const int64_t count : {1, 2, 3, 4, 7, 17, 28, 48}) {
         const int most = level.scanned_code;
         const std::vector<uint8_t> rows = codes<uint8_t>(count * 4 * words, 1, 2 * most + 1);
-        const std::vector<int8_t> tile = codes<int8_t>(4 * words * kTileOperands, -most, most);
-        std::vector<int32_t> start(kTileOperands), floors(static_cast<size_t>(std::max(count, kTileOperands)));
-        for (int32_t& value : start) value = generator()() % 8 == 0 ? -(1 << 30) : static_cast<int32_t>(generator()() % 20000) - 10000;
+        const int64_t tiles = words < 64 ? 3 : 1, mask_stride = tiles + 2;
+        const std::vector<int8_t> tile = codes<int8_t>(tiles * 4 * words * kTileOperands, -most, most);
+        std::vector<int32_t> start(static_cast<size_t>(tiles * kTileOperands)), floors(static_cast<size_t>(std::max(count, kTileOperands)));
+        for (int32_t& value : start) value = generator()() % 8 == 0 ? kInt8PaddingStart / 2 : static_cast<int32_t>(generator()() % 20000) - 10000;
         for (int32_t& value : floors) value = static_cast<int32_t>(generator()() % 200000) - 100000;
-        std::vector<uint64_t> found(static_cast<size_t>(count)), expected(static_cast<size_t>(count));
-        level.scan_rows(rows.data(), 4 * words, count, tile.data(), start.data(), words, floors.data(), found.data());
-        scalar.scan_rows(rows.data(), 4 * words, count, tile.data(), start.data(), words, floors.data(), expected.data());
+        std::vector<uint64_t> found(static_cast<size_t>(count * mask_stride), 5), expected = found;  // what lies between the masks stays as it is
+        level.scan_rows(rows.data(), 4 * words, count, tile.data(), start.data(), tiles, words, floors.data(), found.data(), mask_stride);
+        scalar.scan_rows(rows.data(), 4 * words, count, tile.data(), start.data(), tiles, words, floors.data(), expected.data(), mask_stride);
         if (found != expected) std::cerr << level.name << " words " << words << " rows " << count << "\n";
         CHECK(found == expected);
         for (const int32_t offset : {0, 5000}) {
@@ -193,6 +255,7 @@ void check_scan_in_stages(const Level& level) {
 
 TEST(scans_in_stages_leave_what_the_filter_asks_for) {
   for (const Level& level : levels()) {
+    if (level.fewest_staged_rows == kNeverStaged) continue;
     level.stage_bytes == 2 ? check_scan_in_stages<int16_t>(level) : check_scan_in_stages<int32_t>(level);
   }
 }

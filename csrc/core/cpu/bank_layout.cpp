@@ -75,11 +75,12 @@ BankHeader header_of(const Rows& bank, const BankRotation& rotation) {
   header.step_scale = 1;
   header.full.most = header.prefix.most = level().scanned_code;
   header.prefix.outputs = header.short_outputs;
-  header.prefix.staged = true;
+  header.prefix.staged = bank.count >= level().fewest_staged_rows;
   header.second.from_steps = header.long_outputs == 0;
   if (header.second.from_steps) return header;
   header.second.outputs = header.short_outputs + header.long_outputs;
-  header.second.coarse = std::min(header.short_outputs, kStageCodes[0]);  // the largest coordinates, in coarser steps
+  header.second.coarse =
+      header.prefix.staged ? std::min(header.short_outputs, kStageCodes[0]) : header.short_outputs;  // the largest, in coarser steps
   return header;
 }
 

@@ -39,7 +39,8 @@ void scan_block(const CoresetRun& run, const Operands& operands, int64_t tile, c
                 uint64_t* survivors) {
   const int64_t stride = 4 * run.first.words, at = tile * kTileOperands;
   if (operands.count > kFewPicks || run.first.codes != run.second.codes) {
-    level().scan_rows(codes, stride, count, operands.tiles + tile * stride * kTileOperands, operands.start + at, run.first.words, floors, survivors);
+    level().scan_rows(codes, stride, count, operands.tiles + tile * stride * kTileOperands, operands.start + at, 1, run.first.words, floors,
+                      survivors, 1);
     return;
   }
   static constexpr int32_t kAll[kFewPicks] = {0, 1, 2, 3};
@@ -157,8 +158,8 @@ double survivor_share(const CoresetRun& run, const Operands& operands) {
       level().int8_floors(block.reach, block.norms, kRowBlock, operands.tile_residuals[t], block.floors);
       const uint8_t* codes = run.first.codes + begin * 4 * run.first.words;
       const int64_t words = run.first.words;
-      level().scan_rows(codes, 4 * words, count, operands.tiles + t * 4 * words * kTileOperands, operands.start + t * kTileOperands, words,
-                        block.floors, block.survivors);
+      level().scan_rows(codes, 4 * words, count, operands.tiles + t * 4 * words * kTileOperands, operands.start + t * kTileOperands, 1, words,
+                        block.floors, block.survivors, 1);
       for (int64_t r = 0; r < count; ++r) left += __builtin_popcountll(block.survivors[r]);
     }
     pairs += count * operands.count;

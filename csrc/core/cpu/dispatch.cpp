@@ -3,6 +3,12 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace patchcore {
 
 namespace {
@@ -11,6 +17,24 @@ namespace {
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("popcnt");
 }
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+
+// Linux lends the tile registers to a process that asks for them (since 5.16), and threads started later inherit that.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr unsigned int kTile = 1u << 24, kInt8 = 1u << 25;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned int eax, ebx, ecx, edx;
+  if (!has_avx512() || __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & (kTile | kInt8)) != (kTile | kInt8)) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 bool processor_has(const Level& candidate) {
@@ -18,10 +42,8 @@ bool processor_has(const Level& candidate) {
   __builtin_cpu_init();
   if (&candidate == &kAvx2Level) return has_avx2();
   if (&candidate == &kAvxVnniLevel) return has_avx2() && __builtin_cpu_supports("avxvnni");
-  if (&candidate == &kAvx512Level) {
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
-  }
+  if (&candidate == &kAvx512Level) return has_avx512();
+  if (&candidate == &kAmxLevel) return has_amx();
 #endif
   return &candidate == &kScalarLevel;
 }
@@ -29,9 +51,7 @@ bool processor_has(const Level& candidate) {
 constexpr const Level* kLevels[] = {
     &kScalarLevel,
 #if defined(__x86_64__)
-    &kAvx2Level,
-    &kAvxVnniLevel,
-    &kAvx512Level,
+    &kAvx2Level,   &kAvxVnniLevel, &kAvx512Level, &kAmxLevel,
 #endif
 };
 

@@ -1,7 +1,7 @@
 // The inner loops that exist once per instruction set, and the choice between them.
 //
 // A level is a table of functions. All levels give the same bits (distance.h); they differ in speed alone. The best level that the processor has is
-// chosen once, at the first call; the environment variable PATCHCORE_EXT_CPU_LEVEL (scalar, avx2, avxvnni or avx512) forces a lower one.
+// chosen once, at the first call; the environment variable PATCHCORE_EXT_CPU_LEVEL (scalar, avx2, avxvnni, avx512 or amx) forces a lower one.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace patchcore {
 constexpr int64_t kTileOperands = 64;
 
 // What steps of a search take, in nanoseconds: what plans are made by, and no result depends on. Measured on Zen 3 (scalar, AVX2) and Zen 4
-// (AVX-512); AVX-VNNI's are supposed to lie between.
+// (AVX-512); AVX-VNNI's lie between, as they do on Sapphire Rapids.
 struct Costs {
   double word;            // a pair's word of codes in scan_rows
   double look_up;         // an operand in dots,
@@ -39,16 +39,21 @@ struct Level {
   // as the dot-product instructions want it, and the caller subtracts (most + 1) * (sum of the other side's codes). Codes lie within +-most:
   // scanned_code in the scans, kMaxCode in dots.
 
-  // Bit o of survivors[r] is set iff start[o] + dot(row r, operand o) >= floors[r]. rows: [count] rows, `stride` bytes apart; start: [kTileOperands].
-  void (*scan_rows)(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, const int32_t* start, int64_t words,
-                    const int32_t* floors, uint64_t* survivors);
+  // Bit o of survivors[r * mask_stride + t] is set iff starts[t][o] + dot(row r, operand o of tile t) >= floors[r]. rows: [count] rows, `stride`
+  // bytes apart; tiles: [num_tiles, words, 64, 4]; starts: [num_tiles, 64].
+  void (*scan_rows)(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tiles, const int32_t* starts, int64_t num_tiles, int64_t words,
+                    const int32_t* floors, uint64_t* survivors, int64_t mask_stride);
 
-  // The search's scan in stages (stages.h). Sums are of `stage_bytes` = 2 or 4 bytes, so are the starts,
-  // and so many codes of an operand lie side by side: tiles are [num_tiles, 4 * words / stage_bytes, 64, stage_bytes]. starts: [num_tiles, stages,
-  // 64] and row_starts: [stages, 64] as stage_starts makes them. Bit o of survivors[r * mask_stride + t] is set where row r and operand o of tile t
-  // survive every stage: the sum of their starts and the dot product of their codes so far is at least floors[r] = int8_floor(0, limit of row r).
-  // Sums of 16 bits are kept modulo 2^16 as signed numbers, and a row whose floor is below -kMostRoom keeps everything. count <= 64; padding may
-  // survive.
+  // Codes that scan_rows takes at once: other numbers of them take as long as the next multiple.
+  int64_t scan_step;
+
+  // The search's scan in stages (stages.h), for banks of at least `fewest_staged_rows`; smaller ones are left to scan_rows. Sums are of `stage_bytes`
+  // = 2 or 4 bytes, so are the starts, and so many codes of an operand lie side by side: tiles are [num_tiles, 4 * words / stage_bytes, 64,
+  // stage_bytes]. starts: [num_tiles, stages, 64] and row_starts: [stages, 64] as stage_starts makes them. Bit o of survivors[r * mask_stride + t] is
+  // set where row r and operand o of tile t survive every stage: the sum of their starts and the dot product of their codes so far is at least
+  // floors[r] = int8_floor(0, limit of row r). Sums of 16 bits are kept modulo 2^16 as signed numbers, and a row whose floor is below -kMostRoom
+  // keeps everything. count <= 64; padding may survive.
+  int64_t fewest_staged_rows;
   int64_t stage_bytes;
   void (*scan_stages)(const uint8_t* rows, int64_t stride, int64_t count, const void* row_starts, const int8_t* tiles, const void* starts,
                       int64_t num_tiles, int64_t words, const int32_t* floors, uint64_t* survivors, int64_t mask_stride);
@@ -98,13 +103,16 @@ struct Level {
   Costs costs;
 };
 
+// Of fewest_staged_rows: any bank is scanned in stages, or none is.
+constexpr int64_t kAlwaysStaged = 0, kNeverStaged = INT64_MAX;
+
 // The level in use.
 const Level& level();
 
 // The level of that name, or nullptr when it is unknown, was not compiled for this machine, or the processor lacks it.
 const Level* find_level(const char* name);
 
-constexpr int kMostLevels = 4;
+constexpr int kMostLevels = 5;
 
 // Names [kMostLevels] of the levels this processor can run, slowest first; returns their number.
 int available_levels(const char** names);
@@ -115,6 +123,7 @@ extern const Level kScalarLevel;
 extern const Level kAvx2Level;
 extern const Level kAvxVnniLevel;
 extern const Level kAvx512Level;
+extern const Level kAmxLevel;
 #endif
 
 }  // namespace patchcore

@@ -23,8 +23,8 @@ bool all_finite(const float* values, int64_t count);
 int64_t take_marked(const uint64_t* words, int64_t count, int32_t first, int32_t* found);
 float squared_difference(const float* a, const float* b, int64_t dim);
 
-void scan_rows(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors,
-               uint64_t* survivors);
+void scan_rows(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tiles, const int32_t* starts, int64_t num_tiles, int64_t words,
+               const int32_t* floors, uint64_t* survivors, int64_t mask_stride);
 void scan_stages(const uint8_t* rows, int64_t stride, int64_t count, const void* row_starts, const int8_t* tiles, const void* starts,
                  int64_t num_tiles, int64_t words, const int32_t* floors, uint64_t* survivors, int64_t mask_stride);
 uint64_t scan_tile(const uint8_t* row, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors, int32_t offset);

@@ -58,7 +58,7 @@ static inline void add_eight_dots(const uint8_t* rows, int64_t stride, const int
 
 template <int kRows>
 static inline void scan_some_rows(const uint8_t* rows, int64_t stride, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors,
-                                  uint64_t* survivors) {
+                                  uint64_t* survivors, int64_t mask_stride) {
   for (int64_t o = 0; o < kTileOperands; o += 8) {
     __m256i sums[kRows];
 #pragma GCC unroll 7
@@ -66,17 +66,21 @@ static inline void scan_some_rows(const uint8_t* rows, int64_t stride, const int
     add_eight_dots<kRows>(rows, stride, tile + 4 * o, words, sums);
 #pragma GCC unroll 7
     for (int r = 0; r < kRows; ++r)
-      reinterpret_cast<uint8_t*>(survivors + r)[o / 8] = static_cast<uint8_t>(at_least(sums[r], _mm256_set1_epi32(floors[r])));
+      reinterpret_cast<uint8_t*>(survivors + r * mask_stride)[o / 8] = static_cast<uint8_t>(at_least(sums[r], _mm256_set1_epi32(floors[r])));
   }
 }
 
 // Seven rows at a time: their sums, four operands and what is in between fill the sixteen registers. A line of 28 patches is four times seven.
-void scan_rows(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors,
-               uint64_t* survivors) {
-  int64_t r = 0;
-  for (; r + 7 <= count; r += 7) scan_some_rows<7>(rows + r * stride, stride, tile, start, words, floors + r, survivors + r);
-  for (; r + 3 <= count; r += 3) scan_some_rows<3>(rows + r * stride, stride, tile, start, words, floors + r, survivors + r);
-  for (; r < count; ++r) scan_some_rows<1>(rows + r * stride, stride, tile, start, words, floors + r, survivors + r);
+void scan_rows(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tiles, const int32_t* starts, int64_t num_tiles, int64_t words,
+               const int32_t* floors, uint64_t* survivors, int64_t mask_stride) {
+  for (int64_t t = 0; t < num_tiles; ++t, tiles += 4 * words * kTileOperands, starts += kTileOperands, ++survivors) {
+    int64_t r = 0;
+    for (; r + 7 <= count; r += 7)
+      scan_some_rows<7>(rows + r * stride, stride, tiles, starts, words, floors + r, survivors + r * mask_stride, mask_stride);
+    for (; r + 3 <= count; r += 3)
+      scan_some_rows<3>(rows + r * stride, stride, tiles, starts, words, floors + r, survivors + r * mask_stride, mask_stride);
+    for (; r < count; ++r) scan_some_rows<1>(rows + r * stride, stride, tiles, starts, words, floors + r, survivors + r * mask_stride, mask_stride);
+  }
 }
 
 uint64_t scan_tile(const uint8_t* row, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors, int32_t offset) {

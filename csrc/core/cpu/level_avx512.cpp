@@ -17,14 +17,14 @@
 
 namespace patchcore {
 
-namespace {
+namespace avx512 {
 
-inline __m512d add_square(__m512d lane, __m256 a, __m256 b) {
+static inline __m512d add_square(__m512d lane, __m256 a, __m256 b) {
   const __m512d difference = _mm512_sub_pd(_mm512_cvtps_pd(a), _mm512_cvtps_pd(b));
   return _mm512_add_pd(lane, _mm512_mul_pd(difference, difference));
 }
 
-inline double squared_distance(const float* a, const float* b, int64_t dim) {
+static inline double squared_distance(const float* a, const float* b, int64_t dim) {
   __m512d lane0 = _mm512_setzero_pd(), lane8 = lane0;
   int64_t j = 0;
   for (; j + 16 <= dim; j += 16) {
@@ -112,7 +112,7 @@ int32_t quantize(const double* coordinates, int64_t count, double scale, int32_t
 
 // kGroups * 8 outputs at a time, each group's sum in a register.
 template <int kGroups>
-inline void multiply_groups(const double* x, const double* matrix, int64_t dim, int64_t outputs, double* products) {
+static inline void multiply_groups(const double* x, const double* matrix, int64_t dim, int64_t outputs, double* products) {
   __m512d sums[kGroups];
   for (int g = 0; g < kGroups; ++g) sums[g] = _mm512_setzero_pd();
   for (int64_t k = 0; k < dim; ++k) {
@@ -128,14 +128,15 @@ void multiply_matrix(const double* x, const double* matrix, int64_t dim, int64_t
   for (; o < outputs; o += 8) multiply_groups<1>(x, matrix + o, dim, outputs, products + o);
 }
 
-inline __m512i add_pair_products(__m512i sum, __m512i pair, __m512i operands) {
+static inline __m512i add_pair_products(__m512i sum, __m512i pair, __m512i operands) {
   asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(pair), "v"(operands));
   return sum;
 }
 
 // kRows rows and 16 * kParts outputs: kRows * kParts accumulators stay in registers.
 template <int kRows, int kParts>
-inline void multiply_some_rows(const int16_t* rows, int64_t stride, const int16_t* tile, int64_t pairs, int32_t* products, int64_t products_stride) {
+static inline void multiply_some_rows(const int16_t* rows, int64_t stride, const int16_t* tile, int64_t pairs, int32_t* products,
+                                      int64_t products_stride) {
   __m512i sums[kRows][kParts];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
@@ -163,8 +164,8 @@ inline void multiply_some_rows(const int16_t* rows, int64_t stride, const int16_
 }
 
 template <int kParts>
-inline void multiply_rows(const int16_t* rows, int64_t stride, int64_t count, const int16_t* tile, int64_t pairs, int32_t* products,
-                          int64_t products_stride) {
+static inline void multiply_rows(const int16_t* rows, int64_t stride, int64_t count, const int16_t* tile, int64_t pairs, int32_t* products,
+                                 int64_t products_stride) {
   int64_t r = 0;
   for (; r + 4 <= count; r += 4)
     multiply_some_rows<4, kParts>(rows + r * stride, stride, tile, pairs, products + r * products_stride, products_stride);
@@ -256,18 +257,22 @@ float squared_difference(const float* a, const float* b, int64_t dim) {
   return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
 }
 
-}  // namespace
+}  // namespace avx512
+
+using namespace avx512;
 
 const Level kAvx512Level = {"avx512",
                             kMaxCode,
                             squared_distances,
                             float16_to_float,
                             bfloat16_to_float,
-                            avx512::scan_rows,
+                            scan_rows,
                             4,
-                            avx512::scan_stages,
-                            avx512::scan_tile,
-                            avx512::dots,
+                            kAlwaysStaged,
+                            4,
+                            scan_stages,
+                            scan_tile,
+                            dots,
                             int8_floors,
                             first_largest,
                             quantize,

@@ -31,7 +31,7 @@ static inline __m512i add_dots(__m512i sum, __m512i codes, __m512i operands) {
 // kRows rows against the 64 operands of a tile: 4 * kRows accumulators stay in registers.
 template <int kRows>
 static inline void scan_some_rows(const uint8_t* rows, int64_t stride, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors,
-                                  uint64_t* survivors) {
+                                  uint64_t* survivors, int64_t mask_stride) {
   __m512i sums[kRows][4];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
@@ -55,15 +55,18 @@ static inline void scan_some_rows(const uint8_t* rows, int64_t stride, const int
     const __m512i floor = _mm512_set1_epi32(floors[r]);
     const uint64_t low = _mm512_cmpge_epi32_mask(sums[r][0], floor) | static_cast<uint32_t>(_mm512_cmpge_epi32_mask(sums[r][1], floor)) << 16;
     const uint64_t high = _mm512_cmpge_epi32_mask(sums[r][2], floor) | static_cast<uint32_t>(_mm512_cmpge_epi32_mask(sums[r][3], floor)) << 16;
-    survivors[r] = low | high << 32;
+    survivors[r * mask_stride] = low | high << 32;
   }
 }
 
-void scan_rows(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors,
-               uint64_t* survivors) {
-  int64_t r = 0;
-  for (; r + 4 <= count; r += 4) scan_some_rows<4>(rows + r * stride, stride, tile, start, words, floors + r, survivors + r);
-  for (; r < count; ++r) scan_some_rows<1>(rows + r * stride, stride, tile, start, words, floors + r, survivors + r);
+void scan_rows(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tiles, const int32_t* starts, int64_t num_tiles, int64_t words,
+               const int32_t* floors, uint64_t* survivors, int64_t mask_stride) {
+  for (int64_t t = 0; t < num_tiles; ++t, tiles += 4 * words * kTileOperands, starts += kTileOperands, ++survivors) {
+    int64_t r = 0;
+    for (; r + 4 <= count; r += 4)
+      scan_some_rows<4>(rows + r * stride, stride, tiles, starts, words, floors + r, survivors + r * mask_stride, mask_stride);
+    for (; r < count; ++r) scan_some_rows<1>(rows + r * stride, stride, tiles, starts, words, floors + r, survivors + r * mask_stride, mask_stride);
+  }
 }
 
 uint64_t scan_tile(const uint8_t* row, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors, int32_t offset) {

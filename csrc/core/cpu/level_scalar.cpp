@@ -54,13 +54,16 @@ uint64_t scan_tile(const uint8_t* row, const int8_t* tile, const int32_t* start,
   return survivors;
 }
 
-void scan_rows(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, const int32_t* start, int64_t words, const int32_t* floors,
-               uint64_t* survivors) {
-  for (int64_t r = 0; r < count; ++r) {
-    survivors[r] = 0;
-    for (int64_t o = 0; o < kTileOperands; ++o) {
-      const int32_t value = start[o] + dot(rows + r * stride, tile + 4 * o, 4 * kTileOperands, words);
-      survivors[r] |= static_cast<uint64_t>(value >= floors[r]) << o;
+void scan_rows(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tiles, const int32_t* starts, int64_t num_tiles, int64_t words,
+               const int32_t* floors, uint64_t* survivors, int64_t mask_stride) {
+  for (int64_t t = 0; t < num_tiles; ++t, tiles += 4 * words * kTileOperands, starts += kTileOperands, ++survivors) {
+    for (int64_t r = 0; r < count; ++r) {
+      uint64_t left = 0;
+      for (int64_t o = 0; o < kTileOperands; ++o) {
+        const int32_t value = starts[o] + dot(rows + r * stride, tiles + 4 * o, 4 * kTileOperands, words);
+        left |= static_cast<uint64_t>(value >= floors[r]) << o;
+      }
+      survivors[r * mask_stride] = left;
     }
   }
 }
@@ -190,6 +193,8 @@ const Level kScalarLevel = {"scalar",
                             float16_to_float,
                             bfloat16_to_float,
                             scan_rows,
+                            4,
+                            kAlwaysStaged,
                             4,
                             scan_stages,
                             scan_tile,

@@ -154,12 +154,9 @@ void BlockSearch::scan(const Chunks& chunks, int64_t count) {
   const double residual = *std::max_element(filter.tile_residuals + chunks.begin(), filter.tile_residuals + chunks.end());
   level().int8_floors(reach_, norms_, padded, residual, floors);
   if (filter.view.staged) return scan_in_stages(filter, chunks, count, floors);
-  uint64_t survivors[kBlockQueries];
-  for (int64_t tile = chunks.begin(); tile < chunks.end(); ++tile) {
-    level().scan_rows(memory_.scanned_codes, 4 * filter.words, count, filter.tiles + tile * 4 * filter.words * kTileOperands,
-                      filter.start + tile * kTileOperands, filter.words, floors, survivors);
-    for (int64_t q = 0; q < count; ++q) memory_.masks[q * kMaskStride + tile - chunks.begin()] = survivors[q];
-  }
+  const int64_t length = 4 * filter.words, begin = chunks.begin();
+  level().scan_rows(memory_.scanned_codes, length, count, filter.tiles + begin * length * kTileOperands, filter.start + begin * kTileOperands,
+                    chunks.end() - begin, filter.words, floors, memory_.masks, kMaskStride);
 }
 
 void BlockSearch::scan_in_stages(const TileFilter& filter, const Chunks& chunks, int64_t count, const int32_t* floors) {
