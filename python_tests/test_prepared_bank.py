@@ -46,8 +46,9 @@ def test_neighbors_are_the_same(kind: str, dim: int, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_neighbors_are_the_same_where_a_prefix_pays(offset: float, dtype: torch.dtype) -> None:
-    bank = (features_like_real_ones(3000, 200) + offset).to(dtype)
+@pytest.mark.parametrize("rows", [3000, 5000], ids=["scanned at once", "in stages"])  # with AVX-512; others do one or the other
+def test_neighbors_are_the_same_where_a_prefix_pays(rows: int, offset: float, dtype: torch.dtype) -> None:
+    bank = (features_like_real_ones(rows, 200) + offset).to(dtype)
     queries = (features_like_real_ones(200, 200, seed=5) + offset).to(dtype)
     codes = ops.prepare_bank(bank)
     for threads in (1, 2, 5):

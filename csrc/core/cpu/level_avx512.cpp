@@ -261,6 +261,9 @@ float squared_difference(const float* a, const float* b, int64_t dim) {
 
 using namespace avx512;
 
+// Of D = 384: fewer rows take 0.9 (Sapphire Rapids) to 0.97 (Zen 4) of the time without stages, 15,680 rows 1.03.
+constexpr int64_t kFewestStagedRows = 4096;
+
 const Level kAvx512Level = {"avx512",
                             kMaxCode,
                             squared_distances,
@@ -268,7 +271,7 @@ const Level kAvx512Level = {"avx512",
                             bfloat16_to_float,
                             scan_rows,
                             4,
-                            kAlwaysStaged,
+                            kFewestStagedRows,
                             4,
                             scan_stages,
                             scan_tile,
