@@ -142,3 +142,9 @@ def native_errors(op: str | None = None) -> Iterator[None]:
             raise
         line = sentence.split("\n", 1)[0]
         raise ValueError(line if op is None else f"{op}:{line.partition(':')[2]}") from None
+
+
+def renamed(error: ValueError, op: str, was: str, now: str) -> ValueError:
+    """A complaint of any op about its argument ``was`` as one of ``op`` about its argument ``now``; others as they are."""
+    _, found, rest = str(error).partition(f": expected {was} ")
+    return ValueError(f"{op}: expected {now} {rest}") if found else error

@@ -134,10 +134,16 @@ class PatchScorer(torch.nn.Module):
         num_patches = features.shape[-2]
         if num_patches == 0:
             raise ValueError(f"{op}: expected patches to have at least one patch an image, got {_checks.describe(patches)}.")
-        queries = features if ndim == 2 else features.flatten(0, 1)  # [B * P, D]
+        try:
+            return self._score(features if ndim == 2 else features.flatten(0, 1), num_patches)
+        except ValueError as error:
+            raise _checks.renamed(error, op, "queries", "patches") from None
+
+    def _score(self, queries: Tensor, num_patches: int) -> PatchScores:
+        """The scores of images with so many patches each, from all of them ``[B * P, D]``."""
         if self.score in ("paper", "max"):
             num_neighbors = self.num_neighbors if self.score == "paper" else 1
-            return PatchScores(*ops.score_checked(op, queries, self.bank, num_patches, num_neighbors, self._copies()))
+            return PatchScores(*ops.score_checked("PatchScorer", queries, self.bank, num_patches, num_neighbors, self._copies()))
         squared, nearest = ops.nearest_neighbors(queries, self.bank, 1, self._copies())
         squared, nearest = squared.view(-1, num_patches), nearest.view(-1, num_patches)
         if self.score == "amazon":

@@ -14,7 +14,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from patchcore_ext import MemoryBank, PatchScorer, reference
-from patchcore_ext.scoring import anomaly_maps
+from patchcore_ext.scoring import SCORES, anomaly_maps
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -167,8 +167,9 @@ def test_wrong_arguments_are_named() -> None:
     bad[7, 3] = float("nan")
     with pytest.raises(ValueError, match="PatchScorer: expected bank to be finite, got NaN or infinity in row 7 "):
         PatchScorer(bad)
-    with pytest.raises(ValueError, match="expected queries to be finite, got NaN or infinity in row 7 "):
-        scorer(bad)
+    for score in SCORES:
+        with pytest.raises(ValueError, match="^PatchScorer: expected patches to be finite, got NaN or infinity in row 7 "):
+            PatchScorer(bank, score=score)(bad)
 
 
 def test_anomaly_map_is_bilinear_then_gaussian() -> None:
