@@ -96,6 +96,7 @@ bench: $(VENV)/demo-material
 	$(BIN)/pip install --quiet faiss-cpu
 	$(BIN)/python -m benchmarks.bench_coreset $(PEERS)
 	$(BIN)/python -m benchmarks.bench_knn $(PEERS)
+	$(BIN)/python -m benchmarks.bench_levels
 	$(BIN)/python -m benchmarks.bench_metrics $(PEERS)
 	$(BIN)/python -m benchmarks.bench_features
 
