@@ -43,7 +43,7 @@ def generated(name: str) -> str:
     return text.partition(f"<!-- {name}: generated -->")[2].partition(f"<!-- /{name} -->")[0]
 
 
-@pytest.mark.parametrize("name", ["coreset", "coreset_avx2", "features", "knn", "knn_avx2", "pipelines"])
+@pytest.mark.parametrize("name", ["coreset", "coreset_avx2", "features", "knn", "knn_avx2", "levels", "pipelines"])
 def test_tables_of_benchmarks_are_those_of_the_result_files(name: str) -> None:
     from benchmarks.harness import read_rows
 
