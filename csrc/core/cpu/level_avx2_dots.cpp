@@ -98,20 +98,10 @@ uint64_t scan_tile(const uint8_t* row, const int8_t* tile, const int32_t* start,
 
 static inline __m256i broadcast_pair(const void* pair) { return _mm256_broadcastw_epi16(_mm_loadu_si16(pair)); }
 
-// What the rows of scan_stages have in common.
-struct StagedRows {
-  const uint8_t* codes;
-  int64_t stride;
-  const int16_t* starts;          // [stages, 64]
-  int16_t begins[kTileOperands];  // the first stage's starts, minus the floors
-  int64_t ends[kMostStages];
-  int64_t num_stages;
-};
-
 // Rows first .. first + kRows with 32 operands: two codes of a row times those of sixteen operands are one vpmaddubsw and one vpaddw. tile, starts:
 // where the codes of the first operand are. A survivor's sum has its sign bit clear.
 template <int kRows>
-static inline void scan_some_stages(const StagedRows& rows, int64_t first, const int8_t* tile, const int16_t* starts, uint32_t* survivors,
+static inline void scan_some_stages(const StagedRows<int16_t>& rows, int64_t first, const int8_t* tile, const int16_t* starts, uint32_t* survivors,
                                     int64_t mask_stride) {
   const uint8_t* codes = rows.codes + first * rows.stride;
   const int64_t stride = rows.stride;
@@ -168,7 +158,7 @@ static inline void scan_some_stages(const StagedRows& rows, int64_t first, const
 void scan_stages(const uint8_t* rows, int64_t stride, int64_t count, const void* row_starts, const int8_t* tiles, const void* starts,
                  int64_t num_tiles, int64_t words, const int32_t* floors, uint64_t* survivors, int64_t mask_stride) {
   const int16_t* operand_starts = static_cast<const int16_t*>(starts);
-  StagedRows staged = {rows, stride, static_cast<const int16_t*>(row_starts), {}, {}, num_stages(4 * words)};
+  StagedRows<int16_t> staged = {rows, stride, static_cast<const int16_t*>(row_starts), {}, {}, num_stages(4 * words)};
   for (int64_t r = 0; r < count; ++r) staged.begins[r] = static_cast<int16_t>(staged.starts[r] - floors[r]);
   for (int64_t stage = 0; stage < staged.num_stages; ++stage) staged.ends[stage] = stage_end(stage, 4 * words);
   const int64_t fours = (5 - count % 5) % 5;

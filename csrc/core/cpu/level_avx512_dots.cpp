@@ -94,19 +94,9 @@ uint64_t scan_tile(const uint8_t* row, const int8_t* tile, const int32_t* start,
   return survivors;
 }
 
-// What the rows of scan_stages have in common.
-struct StagedRows {
-  const uint8_t* codes;
-  int64_t stride;
-  const int32_t* starts;          // [stages, 64]
-  int32_t begins[kTileOperands];  // the first stage's starts, minus the floors
-  int64_t ends[kMostStages];
-  int64_t num_stages;
-};
-
 // Rows first .. first + kRows with the 64 operands of a tile. Sums start at minus the floor, so a survivor's is not negative.
 template <int kRows>
-[[gnu::always_inline]] static inline void scan_some_stages(const StagedRows& rows, int64_t first, const int8_t* tile, const int32_t* starts,
+[[gnu::always_inline]] static inline void scan_some_stages(const StagedRows<int32_t>& rows, int64_t first, const int8_t* tile, const int32_t* starts,
                                                            uint64_t* survivors, int64_t mask_stride) {
   const uint8_t* codes = rows.codes + first * rows.stride;
   const int64_t stride = rows.stride;
@@ -164,7 +154,7 @@ template <int kRows>
 void scan_stages(const uint8_t* rows, int64_t stride, int64_t count, const void* row_starts, const int8_t* tiles, const void* starts,
                  int64_t num_tiles, int64_t words, const int32_t* floors, uint64_t* survivors, int64_t mask_stride) {
   const int32_t* tile_starts = static_cast<const int32_t*>(starts);
-  StagedRows staged = {rows, stride, static_cast<const int32_t*>(row_starts), {}, {}, num_stages(4 * words)};
+  StagedRows<int32_t> staged = {rows, stride, static_cast<const int32_t*>(row_starts), {}, {}, num_stages(4 * words)};
   for (int64_t r = 0; r < count; ++r) staged.begins[r] = staged.starts[r] - floors[r];
   for (int64_t stage = 0; stage < staged.num_stages; ++stage) staged.ends[stage] = stage_end(stage, 4 * words);
   for (int64_t t = 0; t < num_tiles; ++t, tiles += 4 * words * kTileOperands, tile_starts += staged.num_stages * kTileOperands, ++survivors) {

@@ -21,4 +21,15 @@ inline int64_t num_stages(int64_t codes) {
 
 inline int64_t stage_end(int64_t stage, int64_t codes) { return stage < num_stages(codes) - 1 ? kStageCodes[stage] : codes; }
 
+// What the rows of Level::scan_stages have in common; Sum: of stage_bytes.
+template <class Sum>
+struct StagedRows {
+  const uint8_t* codes;
+  int64_t stride;
+  const Sum* starts;          // [stages, 64]
+  Sum begins[kTileOperands];  // the first stage's starts, minus the floors
+  int64_t ends[kMostStages];
+  int64_t num_stages;
+};
+
 }  // namespace patchcore
