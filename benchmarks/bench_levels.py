@@ -1,7 +1,7 @@
 """The search by each instruction set that this processor has: ``python -m benchmarks.bench_levels``.
 
-One process a level (PATCHCORE_EXT_CPU_LEVEL), all on one thread and one image of patches in turns, after another image, as in an inspection. The first
-answers are compared: all levels must give the same bits. Ratios are medians of those of one turn, which a busy machine changes least.
+One process a level (PATCHCORE_EXT_CPU_LEVEL), all on one thread and one image of patches in turns, after another image, as in an inspection. All
+answers are compared: the levels must give the same bits. Ratios are medians of those of one turn, which a busy machine changes least.
 """
 
 from __future__ import annotations

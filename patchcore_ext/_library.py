@@ -61,6 +61,8 @@ if _forced is not None and _forced not in _C.available_cpu_levels():
     raise ImportError(
         f"patchcore_ext: expected PATCHCORE_EXT_CPU_LEVEL to be a level of this processor ({', '.join(_C.available_cpu_levels())}), got {_forced!r}."
     )
+if _forced is not None and _C.cpu_level() != _forced:
+    raise ImportError(f"patchcore_ext: the system does not lend this process what PATCHCORE_EXT_CPU_LEVEL={_forced} needs; take a lower level.")
 _cuda_problem = _load_cuda()
 
 
@@ -104,7 +106,10 @@ def _no_device() -> str | None:
     return "torch sees no CUDA device"
 
 
-_IS_SIMT = bool(_C.is_simt())  # asked once: torch.compile does not look into the extension
+# Asked once: torch.compile does not look into the extension, and would take the number of rows that it is asked with for a constant.
+_IS_SIMT = bool(_C.is_simt())
+_STAGE_CODES: list[int] = list(_C.stage_codes())
+_FEWEST_STAGED_ROWS = int(_C.fewest_staged_rows())
 
 
 def runs_cuda_kernels(device: torch.device) -> bool:
@@ -117,7 +122,7 @@ def runs_cuda_kernels(device: torch.device) -> bool:
 
 def stage_codes(rows: int) -> list[int]:
     """Codes of a prefix behind which the search in so many rows asks whether any is left (csrc/core/cpu/stages.h); none where it scans them all at once."""
-    return list(_C.stage_codes(rows))
+    return _STAGE_CODES if rows >= _FEWEST_STAGED_ROWS else []
 
 
 def scan_step() -> int:

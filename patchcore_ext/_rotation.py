@@ -135,7 +135,7 @@ def _longs(bank: Tensor, short: int, most: int) -> list[int]:
 
 
 def _short_rest(rows: int, staged: bool) -> float:
-    """The share of the variance that the short prefix may leave: a larger one where its codes, all of them scanned, come from far away."""
+    """The share of the variance that the short prefix may leave: a larger one where rows are few, or where all of its codes are scanned and come from far."""
     return _FEW_ROWS_REST if rows < _SHORT_ROWS or (rows > _WHOLE_ROWS and not staged) else _SHORT_REST
 
 

@@ -108,6 +108,6 @@ def test_only_the_level_files_are_compiled_for_an_instruction_set() -> None:
         if not path.name.startswith("level_"):
             assert "GCC target" not in path.read_text(encoding="utf-8"), path.name
         elif "GCC target" in path.read_text(encoding="utf-8"):
-            # Nothing with external linkage may come from a header below the pragma: level files include intrinsics and a few headers without template functions.
+            # Nothing with external linkage may come from a header below the pragma: level files include a few headers without template functions.
             plain = {"cpu/dispatch.h", "cpu/level_avx2.h", "cpu/level_avx512.h", "cpu/stages.h", "cpu/vnni256.inc", "cpu/amx_scan.inc"}
             assert set(includes_of(path)) <= {"immintrin.h", *plain}, path.name

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import DTYPES, FEATURE_KINDS, make_features
 from torch import Tensor
 
-from patchcore_ext import PatchScorer, _rotation, ops
+from patchcore_ext import PatchScorer, _library, _rotation, build_info, ops
 
 
 def features_like_real_ones(rows: int, dim: int, seed: int = 0) -> Tensor:
@@ -222,3 +226,37 @@ def test_describe_tells_what_preparing_took() -> None:
     assert (about["rows"], about["dim"], about["dtype"], about["bank_bytes"]) == (500, 64, "float16", 64_000)
     assert 0 < about["prepared_bytes"] <= 0.75 * 500 * 64 * 4
     assert about["prepare_seconds"] > 0
+
+
+def search_at_level(level: str, folder: Path, bank: Tensor, queries: Tensor) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """Searches in another process with the copies made here, and makes its own: a file with both."""
+    torch.save((bank, queries, ops.prepare_bank(bank)), folder / "here.pt")
+    code = (
+        f"import torch; from patchcore_ext import ops; bank, queries, copies = torch.load({str(folder / 'here.pt')!r});"
+        f"torch.save((ops.nearest_neighbors(queries, bank, 3, copies), ops.prepare_bank(bank)), {str(folder / 'there.pt')!r})"
+    )
+    environment = {**os.environ, "PATCHCORE_EXT_CPU_LEVEL": level}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False), folder / "there.pt"
+
+
+def test_levels_whose_codes_are_as_large_run_each_others_banks(tmp_path: Path) -> None:
+    """Packages and pickles of a scorer go to other machines; the scalar level scans 3,000 rows in stages, AVX-512 and AMX at once."""
+    here = build_info()["cpu_level"]
+    if here in ("scalar", "avx2") or _library.runs_cuda_kernels(torch.device("cpu")):
+        pytest.skip("the level in use shares its codes with no other of this processor")
+    bank, queries = features_like_real_ones(3000, 200), features_like_real_ones(60, 200, seed=5)
+    result, file = search_at_level("scalar", tmp_path, bank, queries)
+    assert result.returncode == 0, result.stderr
+    found, copies = torch.load(file)
+    expected = torch.ops.patchcore_ext.nearest_neighbors(queries, bank, 3)
+    for neighbors in (found, ops.nearest_neighbors(queries, bank, 3, copies)):
+        assert all(torch.equal(a, b) for a, b in zip(neighbors, expected, strict=True))
+
+
+def test_avx2_refuses_banks_of_other_levels(tmp_path: Path) -> None:
+    levels = build_info()["cpu_levels"]
+    if build_info()["cpu_level"] == "avx2" or "avx2" not in levels or _library.runs_cuda_kernels(torch.device("cpu")):
+        pytest.skip("AVX2 is the level in use, or this processor lacks it")
+    bank = features_like_real_ones(300, 200)
+    result, _ = search_at_level("avx2", tmp_path, bank, bank)
+    assert "ValueError: nearest_neighbors: expected prepared to come from prepare_bank of the same bank on such a processor" in result.stderr

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import DTYPES, make_features
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from patchcore_ext import CoresetSampler, PatchScorer, PatchScores, _random, ops, reference
 
@@ -78,6 +79,18 @@ def test_inductor_compiles_one_graph_of_the_same_bits(name: str) -> None:
     with torch.inference_mode():
         for count in (2, 5):
             assert_same_bits(compiled(images_of_patches(count)), module(images_of_patches(count)))
+
+
+def test_preparing_banks_of_many_sizes_compiles_once() -> None:
+    """What is asked of the extension must not make a constant of the number of rows."""
+    counter = CompileCounter()
+    prepare = torch.compile(torch.ops.patchcore_ext.prepare_bank.default, backend=counter, fullgraph=True, dynamic=True)
+    matrix = torch.eye(7, 40, dtype=torch.float64).mul(2**14).to(torch.int16)
+    for rows in (300, 411, 520):
+        bank = make_features("random", rows, 40)
+        arguments = bank, bank.median(0).values.double(), matrix, 7, torch.arange(rows, dtype=torch.int32)
+        assert torch.equal(prepare(*arguments), torch.ops.patchcore_ext.prepare_bank(*arguments))
+    assert counter.frame_count == 1
 
 
 def exported(module: nn.Module) -> torch.export.ExportedProgram:

@@ -306,7 +306,7 @@ Prepared prepared_of(const std::optional<Tensor>& prepared, const Rows& bank, co
   }
   const void* memory = usable.const_data_ptr();
   if (!prepared_bank_fits(bank, memory, bytes))
-    fail(op, ": expected prepared to come from prepare_bank of the same bank, got ", bytes, " bytes of another.");
+    fail(op, ": expected prepared to come from prepare_bank of the same bank on such a processor, got ", bytes, " bytes of another.");
   return {usable, memory};
 }
 

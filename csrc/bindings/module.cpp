@@ -26,9 +26,8 @@ pybind11::list available_cpu_levels() {
   return list;
 }
 
-pybind11::list stage_codes(int64_t rows) {
+pybind11::list stage_codes() {
   pybind11::list list;
-  if (rows < patchcore::level().fewest_staged_rows) return list;
   for (const int64_t end : patchcore::kStageCodes) list.append(end);
   return list;
 }
@@ -52,9 +51,9 @@ PYBIND11_MODULE(_C, module) {
 #endif
   module.def("is_simt", [] { return kIsSimt; }, "Whether this build is for tests: the CUDA kernels in place of the CPU's, run on the CPU.");
   module.def("look_up_nanoseconds", &look_up_nanoseconds, "About what the level in use takes to compare two rows' int8 codes.");
-  module.def("stage_codes", &stage_codes,
-             "Codes of a prefix behind which the search in so many rows asks whether any is left; none where it scans them all at once.");
+  module.def("stage_codes", &stage_codes, "Codes of a prefix behind which the search asks whether any row is left, where it scans in stages.");
   module.def("scan_step", [] { return patchcore::level().scan_step; }, "Codes of a prefix that the search compares at once.");
+  module.def("fewest_staged_rows", [] { return patchcore::level().fewest_staged_rows; }, "Rows of a bank from which on it does.");
   module.def("stage_bytes", [] { return patchcore::level().stage_bytes; }, "Bytes of a sum in such a scan.");
   module.def("available_cpu_levels", &available_cpu_levels, "Levels that this processor can run, slowest first.");
 }

@@ -110,7 +110,7 @@ std::vector<Level> levels() {
     all.push_back(level);
     level = *find_level("avx512");
     level.name = "amx, by tiles in memory";
-    level.scan_rows = tiles_in_memory::scan_rows;
+    level.scan_rows = tiles_in_memory::scan_rows_by_tiles;
     all.push_back(level);
   }
 #endif

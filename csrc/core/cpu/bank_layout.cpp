@@ -66,7 +66,9 @@ PreparedBank lay_out(const BankHeader& header, Pieces* pieces) {
   return bank;
 }
 
-BankHeader header_of(const Rows& bank, const BankRotation& rotation) {
+BankHeader header_of(const Rows& bank, const BankRotation& rotation) { return header_of(bank, rotation, bank.count >= level().fewest_staged_rows); }
+
+BankHeader header_of(const Rows& bank, const BankRotation& rotation, bool staged) {
   BankHeader header = {};
   header.count = bank.count;
   header.dim = bank.dim;
@@ -75,12 +77,11 @@ BankHeader header_of(const Rows& bank, const BankRotation& rotation) {
   header.step_scale = 1;
   header.full.most = header.prefix.most = level().scanned_code;
   header.prefix.outputs = header.short_outputs;
-  header.prefix.staged = bank.count >= level().fewest_staged_rows;
+  header.prefix.staged = staged;
   header.second.from_steps = header.long_outputs == 0;
   if (header.second.from_steps) return header;
   header.second.outputs = header.short_outputs + header.long_outputs;
-  header.second.coarse =
-      header.prefix.staged ? std::min(header.short_outputs, kStageCodes[0]) : header.short_outputs;  // the largest, in coarser steps
+  header.second.coarse = staged ? std::min(header.short_outputs, kStageCodes[0]) : header.short_outputs;  // the largest, in coarser steps
   return header;
 }
 
@@ -99,7 +100,8 @@ bool prepared_bank_fits(const Rows& bank, const void* prepared, int64_t bytes) {
   BankHeader header;
   if (bytes < static_cast<int64_t>(sizeof(BankHeader))) return false;
   std::memcpy(&header, prepared, sizeof(BankHeader));
-  const BankHeader expected = header_of(bank, {nullptr, header.short_outputs, header.long_outputs, nullptr, nullptr});
+  // Levels whose codes are as large run each other's banks, in stages or not.
+  const BankHeader expected = header_of(bank, {nullptr, header.short_outputs, header.long_outputs, nullptr, nullptr}, header.prefix.staged);
   const auto usable = [](const View& view, const View& like) {
     return view.outputs == like.outputs && view.coarse == like.coarse && view.staged == like.staged && view.from_steps == like.from_steps &&
            view.step_bits >= 0 && view.step_bits <= kMostStepBits && view.most == like.most && view.coarse_bits >= 0 &&

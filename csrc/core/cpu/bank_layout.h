@@ -17,7 +17,10 @@ struct BankHeader {
 
 inline int64_t tiles_of(int64_t count) { return (count + kTileOperands - 1) / kTileOperands; }
 
-// What is known of a bank's header before its rows are looked at.
+// What is known of a bank's header before its rows are looked at. staged: whether its prefix is to be scanned in stages.
+BankHeader header_of(const Rows& bank, const BankRotation& rotation, bool staged);
+
+// As this level would have it.
 BankHeader header_of(const Rows& bank, const BankRotation& rotation);
 
 // The arrays behind a header; with null pieces only their sizes count.

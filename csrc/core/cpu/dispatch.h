@@ -109,7 +109,7 @@ constexpr int64_t kAlwaysStaged = 0, kNeverStaged = INT64_MAX;
 // The level in use.
 const Level& level();
 
-// The level of that name, or nullptr when it is unknown, was not compiled for this machine, or the processor lacks it.
+// The level of that name, or nullptr when it is unknown, was not compiled for this machine, the processor lacks it, or the system does not lend it.
 const Level* find_level(const char* name);
 
 constexpr int kMostLevels = 5;
