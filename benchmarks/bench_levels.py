@@ -140,7 +140,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="The search by each instruction set that this processor has.")
     parser.add_argument("--turns", type=int, default=64, help="searches of each level (default: 64)")
-    parser.add_argument("--scalar", action="store_true", help="the scalar level as well, which takes a hundred times as long; writes no results")
+    parser.add_argument("--scalar", action="store_true", help="the scalar level as well, which takes many times as long; writes no results")
     parser.add_argument("--quick", action="store_true", help="one case, 16 turns; writes no results")
     parser.add_argument("--worker", metavar="JSON", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -276,8 +276,8 @@ def prepare_bank(bank: ArrayLike) -> list[Tensor]:
 
     Returns:
         uint8 tensors, opaque, good for this bank only, on this kind of processor (AVX2 has other codes than other instruction sets, and CUDA than the CPU); at
-        most 0.75 of the bank in float32. None where it would not pay: fewer than 64 rows (256 on CUDA), 8
-        dimensions or 2048 values, or more than 32768 dimensions.
+        most 0.75 of the bank in float32. None where it would not pay: fewer than 64 rows (256 on CUDA), 8 dimensions or 2048 values, or more than 32768
+        dimensions.
 
     Raises:
         ValueError: The bank is empty, not ``[M, D]``, or not finite (names the first such row).

@@ -38,6 +38,23 @@ def test_a_level_can_be_forced(level: str) -> None:
     assert result.stdout.strip() == level, result.stderr
 
 
+@pytest.mark.skipif("amx" not in patchcore_ext.build_info()["cpu_levels"], reason="this processor lacks AMX")
+def test_where_the_system_does_not_lend_amx_another_level_is_used() -> None:
+    """Linux declines where a thread has a signal stack that is too small for the tile registers."""
+    small_stack = (
+        "import ctypes\n"
+        "class Stack(ctypes.Structure): _fields_ = [('start', ctypes.c_void_p), ('flags', ctypes.c_int), ('size', ctypes.c_size_t)]\n"
+        "memory = ctypes.create_string_buffer(8192)\n"
+        "assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, 8192)), None) == 0\n"
+        "import patchcore_ext; print(patchcore_ext.build_info()['cpu_level'])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PATCHCORE_EXT_CPU_LEVEL"}
+    chosen = subprocess.run([sys.executable, "-c", small_stack], env=environment, capture_output=True, text=True, check=False)
+    assert chosen.stdout.strip() == "avx512", chosen.stderr
+    forced = run(small_stack, PATCHCORE_EXT_CPU_LEVEL="amx")
+    assert "the system does not lend this process what PATCHCORE_EXT_CPU_LEVEL=amx needs" in forced.stderr
+
+
 def test_an_unknown_level_is_refused() -> None:
     result = run("import patchcore_ext", PATCHCORE_EXT_CPU_LEVEL="mmx")
     assert result.returncode != 0

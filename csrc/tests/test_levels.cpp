@@ -78,12 +78,6 @@ void add_dots(Tile* sums, const Tile& rows, const Tile& operands) {
 #define PATCHCORE_TILE_STORE(t, to, stride) store(registers[t], to, stride)
 #define PATCHCORE_TILE_DOTS(sums, rows, operands) add_dots(&registers[sums], registers[rows], registers[operands])
 #include "cpu/amx_scan.inc"
-#undef PATCHCORE_TILE_CONFIGURE
-#undef PATCHCORE_TILE_RELEASE
-#undef PATCHCORE_TILE_ZERO
-#undef PATCHCORE_TILE_LOAD
-#undef PATCHCORE_TILE_STORE
-#undef PATCHCORE_TILE_DOTS
 
 }  // namespace tiles_in_memory
 

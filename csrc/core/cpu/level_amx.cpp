@@ -28,12 +28,6 @@ namespace {
 #define PATCHCORE_TILE_STORE(tile, to, stride) _tile_stored(tile, to, stride)
 #define PATCHCORE_TILE_DOTS(sums, rows, operands) _tile_dpbusd(sums, rows, operands)
 #include "cpu/amx_scan.inc"
-#undef PATCHCORE_TILE_CONFIGURE
-#undef PATCHCORE_TILE_RELEASE
-#undef PATCHCORE_TILE_ZERO
-#undef PATCHCORE_TILE_LOAD
-#undef PATCHCORE_TILE_STORE
-#undef PATCHCORE_TILE_DOTS
 
 // A tile of few rows takes as long as a full one.
 constexpr int64_t kFewestTileRows = 8;
